@@ -1,0 +1,96 @@
+//! Bytes that are wiped when dropped and cannot be printed.
+
+use std::fmt;
+
+use zeroize::{Zeroize, Zeroizing};
+
+/// A passphrase or key. It has no `Clone`, no useful `Debug` and no `Display`.
+pub struct Secret(Zeroizing<Vec<u8>>);
+
+impl Secret {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Secret(Zeroizing::new(bytes))
+    }
+
+    /// Zeros to be filled in place.
+    pub fn zeroed(len: usize) -> Self {
+        Secret::new(vec![0; len])
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Takes one newline off the end, as editors and `echo` put it there.
+    pub fn strip_newline(&mut self) {
+        if self.0.last() == Some(&b'\n') {
+            self.0.pop();
+        }
+    }
+
+    /// Compares in a time that depends on the lengths only.
+    pub fn same_as(&self, other: &[u8]) -> bool {
+        same_bytes(&self.0, other)
+    }
+}
+
+/// Compares in a time that depends on the lengths only.
+pub fn same_bytes(a: &[u8], b: &[u8]) -> bool {
+    let differing = a.iter().zip(b).fold(0, |bits, (x, y)| bits | (x ^ y));
+    a.len() == b.len() && std::hint::black_box(differing) == 0
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Secret::new(text.into_bytes())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// Wipes a buffer that held a secret on its way in.
+pub fn wipe(buf: &mut [u8]) {
+    buf.zeroize();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_tells_nothing() {
+        assert_eq!(
+            format!("{:?}", Secret::new(b"hunter2".to_vec())),
+            "Secret(..)"
+        );
+    }
+
+    #[test]
+    fn exactly_one_newline_is_stripped() {
+        let mut secret = Secret::new(b"a\n\n".to_vec());
+        secret.strip_newline();
+        assert_eq!(secret.bytes(), b"a\n");
+    }
+
+    #[test]
+    fn comparison_minds_length_and_content() {
+        assert!(same_bytes(b"ab", b"ab"));
+        assert!(!same_bytes(b"ab", b"ac") && !same_bytes(b"ab", b"abc") && !same_bytes(b"", b"a"));
+    }
+}
