@@ -1,8 +1,11 @@
 //! Bytes that are wiped when dropped and cannot be printed.
 
 use std::fmt;
+use std::io::Read;
 
 use zeroize::{Zeroize, Zeroizing};
+
+use crate::error::{Error, Kind, Result};
 
 /// A passphrase or key. It has no `Clone`, no useful `Debug` and no `Display`.
 pub struct Secret(Zeroizing<Vec<u8>>);
@@ -15,6 +18,33 @@ impl Secret {
     /// Zeros to be filled in place.
     pub fn zeroed(len: usize) -> Self {
         Secret::new(vec![0; len])
+    }
+
+    /// Reads to the end, `max` bytes at most; more is [`Kind::Usage`].
+    pub fn read(from: impl Read, max: u64) -> Result<Self> {
+        let mut from = from.take(max + 1);
+        let mut secret = Secret::zeroed(4096);
+        let mut len = 0;
+        loop {
+            if len == secret.len() {
+                // A vector that grows by itself would leave copies behind.
+                let mut larger = Secret::zeroed(2 * len);
+                larger.bytes_mut()[..len].copy_from_slice(secret.bytes());
+                secret = larger;
+            }
+            match from.read(&mut secret.bytes_mut()[len..])? {
+                0 => break,
+                got => len += got,
+            }
+        }
+        if len as u64 > max {
+            return Err(Error::new(
+                Kind::Usage,
+                format!("it is longer than {max} bytes"),
+            ));
+        }
+        secret.0.truncate(len);
+        Ok(secret)
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -78,6 +108,17 @@ mod tests {
         assert_eq!(
             format!("{:?}", Secret::new(b"hunter2".to_vec())),
             "Secret(..)"
+        );
+    }
+
+    #[test]
+    fn reading_is_whole_and_bounded() {
+        let long = vec![7; 10_000];
+        assert_eq!(Secret::read(&long[..], 10_000).expect("read").bytes(), long);
+        assert_eq!(Secret::read(&b""[..], 5).expect("read").bytes(), b"");
+        assert_eq!(
+            Secret::read(std::io::repeat(7), 9_999).unwrap_err().kind(),
+            Kind::Usage
         );
     }
 
