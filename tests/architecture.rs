@@ -9,13 +9,13 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // floor 0
     ("error", &[]),
     ("units", &[]),
-    ("secret", &[]),
+    ("secret", &["error"]),
     ("progress", &[]),
     ("location", &[]),
     ("device", &["error"]),
     // floor 1
-    ("luks", &["error", "units", "secret"]),
     ("xts", &["secret"]),
+    ("luks", &["error", "units", "secret", "xts"]),
     ("sftp", &[]),
     // floor 2
     ("host", &["error", "units", "secret", "progress"]),
@@ -37,7 +37,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("restore", &["error", "units", "progress", "device"]),
-    ("snapshot", &["error", "units", "progress", "host"]),
+    (
+        "snapshot",
+        &["error", "units", "progress", "host", "restore"],
+    ),
     (
         "session",
         &[
