@@ -1,9 +1,13 @@
 //! The byte stream that carries SFTP, and how it is dialled.
 
+pub mod command; // any child process whose stdin and stdout speak SFTP
+pub mod ssh; //     the system's ssh
+
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A connected stream. Both halves may be used at once, from two threads.
 pub struct Stream {
@@ -19,11 +23,23 @@ pub trait Handle: Send + Sync {
     fn close(&self);
 
     /// Why the stream ended, as far as the other end or a child process has said: the last lines
-    /// of its standard error, its exit status.
-    fn diagnosis(&self) -> Option<String>;
+    /// of its standard error, its exit status. Asked when the reader has seen the end; may wait
+    /// for the child's last words, but not longer than a second.
+    fn diagnosis(&self) -> Option<Error>;
 }
 
 /// Makes streams to one server.
 pub trait Dial: Send + Sync {
+    /// Starts a stream. It returns before the other side has said anything, and may be called from
+    /// any thread, also one that ends soon.
     fn dial(&self) -> Result<Stream>;
+
+    /// How long the first packet may take, questions to the user included.
+    fn patience(&self) -> Duration {
+        PATIENCE
+    }
 }
+
+/// For a stream that asks no questions. ssh gives up connecting after
+/// [`ssh::CONNECT_TIMEOUT_SECONDS`]; logging in and starting the server come on top.
+pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,9 +1,24 @@
 //! A location as a [`Device`], and the small files beside it.
 
+pub mod engine; //     the SFTP client over one stream: many requests in flight
+mod files; //          what can be done to files of an SFTP server
+pub mod lease; //      who may write
+pub mod local; //      a file here
+mod packets; //        packets onto a stream and off it
+pub mod sftp_store; // a file behind SFTP
+mod transfer; //       reads and writes of any length, cut into chunks
+mod verdict; //        what a reply means
+
 use std::sync::Arc;
 
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
+use crate::link::Dial;
+use crate::location::{Location, Server};
+
+use engine::Bounds;
+use local::LocalStore;
+use sftp_store::SftpStore;
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,33 +42,80 @@ pub struct Traffic {
     pub received: u64,
 }
 
+/// The longest side file, in bytes.
+pub const SIDE_MAX: usize = 64 << 10;
+
 /// One image at one location, with the side files that belong to it. A side file is named by the
-/// suffix it adds to the image's name, is at most 64 KiB, and is read and written whole.
+/// suffix it adds to the image's name, is at most [`SIDE_MAX`] bytes long, and is read and written
+/// whole.
 pub trait Store: Send + Sync {
-    /// Opens the image. [`Kind::NoImage`](crate::error::Kind::NoImage) when there is none.
+    /// Opens the image. [`Kind::NoImage`] when there is none,
+    /// [`Kind::ReadOnly`] when it can be read but not written.
     fn open(&self, access: Access) -> Result<Arc<dyn Device>>;
 
-    /// Creates the image, sparse, `size` bytes long. [`Kind::Exists`](crate::error::Kind::Exists)
+    /// Creates the image, sparse, `size` bytes long. [`Kind::Exists`]
     /// when anything is there, which then stays untouched.
     fn create(&self, size: u64) -> Result<Arc<dyn Device>>;
 
-    /// Removes the image.
+    /// Removes the image. [`Kind::NoImage`] when there is none.
     fn remove(&self) -> Result<()>;
 
-    /// Creates a side file that must not exist yet (`O_EXCL`), and syncs it where that is possible.
+    /// Creates a side file that must not exist yet, and syncs it where that is possible.
+    /// [`Kind::Exists`] when it does. Out of many that try at once,
+    /// one succeeds.
+    ///
+    /// Where hard links are possible the file appears with its whole content; else a reader may
+    /// see it empty for a moment.
     fn create_side(&self, suffix: &str, content: &[u8]) -> Result<()>;
 
     /// `None` when there is no such side file.
     fn read_side(&self, suffix: &str) -> Result<Option<Vec<u8>>>;
 
-    /// Replaces a side file by an atomic rename.
+    /// Replaces a side file by an atomic rename, or makes it. A server that cannot rename over a
+    /// file has it overwritten in place: it never disappears, but a reader may see part of both,
+    /// unless both are equally long and at most a few KiB.
     fn replace_side(&self, suffix: &str, content: &[u8]) -> Result<()>;
 
     /// Removing what is not there is no error.
     fn remove_side(&self, suffix: &str) -> Result<()>;
 
+    /// Bytes that the image takes on its filesystem; `None` when the server does not tell.
+    fn stored(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// `None` when the server does not tell.
     fn space(&self) -> Result<Option<Space>>;
 
     fn traffic(&self) -> Traffic;
+}
+
+/// The store at a location. `dialler` is asked how to reach a server; a local path needs none.
+pub fn connect(
+    location: &Location,
+    dialler: impl FnOnce(&Server) -> Result<Arc<dyn Dial>>,
+) -> Result<Arc<dyn Store>> {
+    match location {
+        Location::Local(path) => Ok(Arc::new(LocalStore::new(path))),
+        Location::Sftp(server, path) => {
+            let dial = dialler(server)?;
+            let store = SftpStore::connect(&*dial, path, &location.to_string(), Bounds::default())?;
+            Ok(Arc::new(store))
+        }
+    }
+}
+
+/// A name for a file that is about to be renamed or linked to its own, beside it.
+fn passing_suffix(suffix: &str) -> String {
+    format!("{suffix}.{}.new", uuid::Uuid::new_v4().simple())
+}
+
+fn check_side(content: &[u8]) -> Result<()> {
+    match content.len() {
+        ..=SIDE_MAX => Ok(()),
+        len => Err(Error::new(
+            Kind::Usage,
+            format!("{len} bytes are too long for a side file, {SIDE_MAX} is the most"),
+        )),
+    }
 }

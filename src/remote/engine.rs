@@ -1,0 +1,564 @@
+//! The SFTP client over one stream, with many requests in flight.
+//!
+//! Threads: any number of callers submit requests and wait, each for its own replies; the *writer*
+//! drains the queue; the *reader* matches replies and alone hands them out; the *watchdog* ends a
+//! stream that has gone silent.
+//!
+//! Live -> Dead, once and for good: by the end of the stream, by a violation of the protocol, by
+//! silence, or by drop. The cause is noted first, then everybody who waits is told it, so that no
+//! request can slip in between and wait for ever. A failed write only closes the stream: the
+//! reader sees that, and knows better why.
+
+use std::collections::VecDeque;
+use std::io::{self, BufReader, Read, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use tracing::{debug, trace};
+
+use super::Traffic;
+pub use super::packets::Chunk;
+use super::packets::{Broken, Outgoing, Sender, read_packet};
+use super::verdict::refusal;
+use crate::error::{Attempt, Error, Kind, Result, Told};
+use crate::link::{Handle, Stream};
+use crate::sftp::frame::{self, NotALength};
+use crate::sftp::{
+    Conversation, Event, Extended, Extension, Extensions, Limits, Reply, Request, Violation,
+};
+use crate::units::{KIB, MIB};
+
+/// The bounds of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// How long the server's first packet may take.
+    pub greeting: Duration,
+    /// How long nothing at all may come while a request is waiting. Not how old a request may
+    /// become: on a slow link hundreds of them share its throughput.
+    pub silence: Duration,
+    /// The same while a request is waiting that may keep the server's disk busy without a word:
+    /// fsync, truncation, copying.
+    pub silence_of_disk: Duration,
+    /// Payload in flight, in bytes: reads and writes beyond it wait before they are sent.
+    pub bytes_in_flight: usize,
+    /// Requests in flight.
+    pub requests_in_flight: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Bounds {
+            greeting: crate::link::PATIENCE,
+            silence: Duration::from_secs(30),
+            // A server with 16 GiB of dirty pages and a disk that writes 30 MB/s.
+            silence_of_disk: Duration::from_secs(600),
+            // OpenSSH lets one channel carry 2 MiB per round trip; as much again waits at its
+            // door.
+            bytes_in_flight: 4 * MIB as usize,
+            requests_in_flight: 256,
+        }
+    }
+}
+
+/// Payload per request when the server takes as much. Larger ones cost no less and keep small
+/// requests behind them waiting longer.
+const CHUNK: u64 = 128 * KIB;
+
+/// Payload per request when the server tells no limits: what every server must take (draft
+/// section 3).
+const CHUNK_UNLIMITED: u64 = 32 * KIB;
+
+/// Chunks are multiples of this, so that a whole sector is in one of them.
+const CHUNK_ALIGNMENT: u64 = 4 * KIB;
+
+/// Read ahead for small replies; larger ones are read in place.
+const READ_AHEAD: usize = 64 * KIB as usize;
+
+/// How long the rest of a text that came instead of SFTP is waited for.
+const TEXT_TIME: Duration = Duration::from_millis(200);
+
+/// The reply to the request that was submitted with this tag.
+pub type Completion = (usize, Result<Reply>);
+
+/// Who waits for a reply, and what it gives back to the budget.
+struct Ticket {
+    tag: usize,
+    to: mpsc::Sender<Completion>,
+    payload: usize,
+    busies_disk: bool,
+}
+
+#[derive(Default)]
+struct State {
+    conversation: Conversation<Ticket>,
+    queue: VecDeque<Outgoing>,
+    bytes_in_flight: usize,
+    /// Requests that may keep the server's disk busy.
+    busy: usize,
+    /// When the first of the requests now waiting was made.
+    waiting_since: Option<Instant>,
+    dead: Option<Told>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// The queue has something, or the engine is dead.
+    work: Condvar,
+    /// There is room in the budget, or the engine is dead.
+    room: Condvar,
+    /// A request waits, or the engine is dead.
+    watch: Condvar,
+    bounds: Bounds,
+    handle: Arc<dyn Handle>,
+    born: Instant,
+    /// Milliseconds after `born` when a byte last came.
+    heard: AtomicU64,
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+/// An SFTP session that is up. Dropping it ends the session and its stream.
+pub struct Engine {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    extensions: Extensions,
+    limits: Limits,
+}
+
+impl Engine {
+    /// Greets the server, and asks for its limits.
+    ///
+    /// [`Kind::Disconnected`] and what the stream's diagnosis says, [`Kind::TimedOut`] when no
+    /// packet comes, [`Kind::Unsupported`] when what comes is no SFTP version 3.
+    pub fn start(stream: Stream, bounds: Bounds) -> Result<Self> {
+        let Stream {
+            reader,
+            writer,
+            handle,
+        } = stream;
+        let mut state = State::default();
+        let hello = Conversation::<Ticket>::HELLO.to_vec();
+        state.queue.push_back(Outgoing {
+            head: hello,
+            data: None,
+        });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            room: Condvar::new(),
+            watch: Condvar::new(),
+            bounds,
+            handle,
+            born: Instant::now(),
+            heard: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+        });
+        let mut engine = Engine {
+            shared: shared.clone(),
+            threads: Vec::new(),
+            extensions: Extensions::default(),
+            limits: Limits::default(),
+        };
+        let (ready, greeted) = mpsc::channel();
+        let s = shared.clone();
+        engine.spawn("sftp-reader", move || s.read(reader, &ready))?;
+        let s = shared.clone();
+        engine.spawn("sftp-writer", move || s.write(writer))?;
+        let s = shared;
+        engine.spawn("sftp-watchdog", move || s.watch())?;
+
+        engine.extensions = match greeted.recv_timeout(bounds.greeting) {
+            Ok(extensions) => extensions,
+            Err(_) => return Err(engine.no_greeting()),
+        };
+        if engine.extensions.has(Extension::Limits) {
+            engine.limits = engine.ask_limits().attempt(|| "ask the server's limits")?;
+        }
+        debug!(extensions = ?engine.extensions, limits = ?engine.limits, "SFTP is up");
+        Ok(engine)
+    }
+
+    fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = thread::Builder::new().name(name.into()).spawn(body)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    fn no_greeting(&self) -> Error {
+        let late = || {
+            let seconds = self.shared.bounds.greeting.as_secs_f32();
+            Error::new(
+                Kind::TimedOut,
+                format!("the server did not begin SFTP within {seconds} s"),
+            )
+        };
+        // The engine is dead when the stream is at its end; else it is only late.
+        let cause = self.shared.lock().dead.clone();
+        cause.map_or_else(late, Error::from)
+    }
+
+    fn ask_limits(&self) -> Result<Limits> {
+        match self.call(&Request::Extended(Extended::Limits))? {
+            Reply::Extended(data) => Limits::decode(&data)
+                .map_err(|e| Error::new(Kind::Unsupported, "the answer is malformed").because(e)),
+            other => Err(refusal(&other)),
+        }
+    }
+
+    pub fn extensions(&self) -> Extensions {
+        self.extensions
+    }
+
+    /// The most bytes that one read request asks for.
+    pub fn read_chunk(&self) -> usize {
+        chunk(self.limits.read)
+    }
+
+    /// The most bytes that one write request carries.
+    pub fn write_chunk(&self) -> usize {
+        chunk(self.limits.write)
+    }
+
+    pub fn bounds(&self) -> Bounds {
+        self.shared.bounds
+    }
+
+    pub fn traffic(&self) -> Traffic {
+        Traffic {
+            sent: self.shared.sent.load(Ordering::Relaxed),
+            received: self.shared.received.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Why the session is over; `None` while it is up.
+    pub fn dead(&self) -> Option<Error> {
+        self.shared.lock().dead.clone().map(Error::from)
+    }
+
+    /// Queues a request; its reply goes to `to` with `tag`, exactly once, be it the error that
+    /// ended the session. Waits only for room in the budget. Writes go by [`Engine::submit_write`],
+    /// which shares their data instead of copying it.
+    pub fn submit(
+        &self,
+        request: &Request<'_>,
+        tag: usize,
+        to: &mpsc::Sender<Completion>,
+    ) -> Result<()> {
+        let data = match request {
+            Request::Write { data, .. } => Some(Chunk {
+                bytes: Arc::new(data.to_vec()),
+                range: 0..data.len(),
+            }),
+            _ => None,
+        };
+        self.shared.submit(request, data, tag, to)
+    }
+
+    /// Queues a write of at most [`Engine::write_chunk`] bytes, as [`Engine::submit`] does.
+    pub fn submit_write(
+        &self,
+        handle: &[u8],
+        offset: u64,
+        chunk: Chunk,
+        tag: usize,
+        to: &mpsc::Sender<Completion>,
+    ) -> Result<()> {
+        let bytes = chunk.bytes.clone();
+        let data = bytes
+            .get(chunk.range.clone())
+            .ok_or_else(|| Error::new(Kind::Usage, "a chunk that reaches beyond its buffer"))?;
+        let request = Request::Write {
+            handle,
+            offset,
+            data,
+        };
+        self.shared.submit(&request, Some(chunk), tag, to)
+    }
+
+    /// One request and its reply.
+    pub fn call(&self, request: &Request<'_>) -> Result<Reply> {
+        let (to, completions) = mpsc::channel();
+        self.submit(request, 0, &to)?;
+        drop(to);
+        self.wait(&completions).map(|(_, reply)| reply)
+    }
+
+    /// The next reply out of those that were submitted for `completions`.
+    pub fn wait(&self, completions: &mpsc::Receiver<Completion>) -> Result<(usize, Reply)> {
+        match completions.recv() {
+            Ok((tag, reply)) => reply.map(|reply| (tag, reply)),
+            Err(_) => Err(Error::new(Kind::Disconnected, "nobody answers any more")),
+        }
+    }
+}
+
+/// What one request carries where the server's limit is `limit` (0: it tells none).
+fn chunk(limit: u64) -> usize {
+    let most = match limit {
+        0 => CHUNK_UNLIMITED,
+        limit => limit.min(CHUNK),
+    };
+    let aligned = most - most % CHUNK_ALIGNMENT;
+    // At most CHUNK, so it fits.
+    aligned.max(CHUNK_ALIGNMENT) as usize
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let closed = Error::new(Kind::Disconnected, "the session was closed");
+        self.shared.die(&closed);
+        self.shared.handle.close();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join(); // a panic there has been reported there
+        }
+    }
+}
+
+/// Whether a request may keep the server's disk busy without a word.
+fn busies_disk(request: &Request<'_>) -> bool {
+    matches!(
+        request,
+        Request::Extended(Extended::Fsync { .. } | Extended::CopyData { .. })
+            | Request::Setstat { .. }
+            | Request::Fsetstat { .. }
+            | Request::Remove { .. }
+    )
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code panics with the lock held; if it did, the state is still whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn submit(
+        &self,
+        request: &Request<'_>,
+        data: Option<Chunk>,
+        tag: usize,
+        to: &mpsc::Sender<Completion>,
+    ) -> Result<()> {
+        let payload = match request {
+            Request::Read { len, .. } => *len as usize,
+            _ => data.as_ref().map_or(0, |chunk| chunk.range.len()),
+        };
+        let ticket = Ticket {
+            tag,
+            to: to.clone(),
+            payload,
+            busies_disk: busies_disk(request),
+        };
+        // Closing is what makes room, and is done in drops: it does not wait.
+        let waits = !matches!(request, Request::Close { .. });
+        let full = |state: &mut State| {
+            let requests = state.conversation.outstanding();
+            let bytes = state.bytes_in_flight.saturating_add(payload);
+            let over = requests >= self.bounds.requests_in_flight
+                || (requests > 0 && bytes > self.bounds.bytes_in_flight);
+            waits && over && state.dead.is_none()
+        };
+        let waited = self.room.wait_while(self.lock(), full);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+        if let Some(cause) = &state.dead {
+            return Err(cause.clone().into());
+        }
+
+        let busy = usize::from(ticket.busies_disk);
+        let mut head = Vec::with_capacity(64);
+        state
+            .conversation
+            .request(request, ticket, &mut head)
+            .map_err(|(_, what)| Error::new(Kind::Usage, what.to_string()))?;
+        state.bytes_in_flight += payload;
+        state.busy += busy;
+        state.queue.push_back(Outgoing { head, data });
+        if state.waiting_since.is_none() {
+            state.waiting_since = Some(Instant::now());
+            self.watch.notify_all();
+        }
+        self.work.notify_one();
+        Ok(())
+    }
+
+    /// The reader's life.
+    fn read(&self, stream: Box<dyn Read + Send>, ready: &mpsc::Sender<Extensions>) {
+        let heard = Heard {
+            stream,
+            shared: self,
+        };
+        let mut stream = BufReader::with_capacity(READ_AHEAD, heard);
+        let mut first = true;
+        let cause = loop {
+            let event = match read_packet(&mut stream, first) {
+                Ok(Some(packet)) => self.lock().receive(packet),
+                Ok(None) => break self.stream_ended(None),
+                Err(Broken::Io(error)) => break self.stream_ended(Some(error)),
+                Err(Broken::Text(begin)) => break self.text_before_sftp(begin, &mut stream),
+                Err(Broken::Protocol(violation)) => Err(violation),
+            };
+            first = false;
+            match event {
+                Ok(None) => break Error::new(Kind::Disconnected, "the session is over"),
+                Ok(Some(Event::Ready(extensions))) => {
+                    let _ = ready.send(extensions); // whoever started us may have given up
+                }
+                Ok(Some(Event::Reply { ticket, reply })) => {
+                    self.room.notify_all();
+                    trace!(tag = ticket.tag, reply = reply.noun(), "reply");
+                    let _ = ticket.to.send((ticket.tag, Ok(reply))); // nobody may want it
+                }
+                Err(violation) => break protocol_error(&violation),
+            }
+        };
+        self.die(&cause);
+        self.handle.close();
+    }
+
+    /// Shows what comes with the first bytes of a text: a shell prints it in pieces.
+    fn text_before_sftp(&self, mut text: Vec<u8>, stream: &mut impl Read) -> Error {
+        thread::sleep(TEXT_TIME);
+        self.handle.close();
+        let more = stream.take(frame::TEXT_MAX as u64).read_to_end(&mut text);
+        debug!(?more, "text before SFTP");
+        protocol_error(&Violation::from_length(NotALength::Text, &text))
+    }
+
+    fn stream_ended(&self, error: Option<io::Error>) -> Error {
+        let ended = |kind| Error::new(kind, "the connection to the server has ended");
+        // We ended it ourselves: the child's last words say nothing then.
+        if self.lock().dead.is_some() {
+            return ended(Kind::Disconnected);
+        }
+        match (self.handle.diagnosis(), error) {
+            (Some(why), _) => ended(why.kind()).because(why),
+            (None, Some(error)) => ended(Kind::Disconnected).because(error),
+            (None, None) => ended(Kind::Disconnected),
+        }
+    }
+
+    /// Notes the cause, the first one only, and then tells everybody who waits.
+    fn die(&self, cause: &Error) {
+        let mut state = self.lock();
+        if state.dead.is_none() {
+            debug!(cause = %cause.chain().join(": "), "the SFTP session is over");
+            state.dead = Some(Told::from(cause));
+        }
+        let cause = state.dead.clone();
+        let abandoned = state.conversation.abandon();
+        state.queue.clear();
+        state.waiting_since = None;
+        drop(state);
+        for condition in [&self.work, &self.room, &self.watch] {
+            condition.notify_all();
+        }
+        for ticket in abandoned {
+            let Some(cause) = cause.clone() else { continue };
+            let _ = ticket.to.send((ticket.tag, Err(cause.into()))); // nobody may want it
+        }
+    }
+
+    /// The writer's life.
+    fn write(&self, stream: Box<dyn Write + Send>) {
+        let mut sender = Sender::new(stream);
+        let count = |bytes| {
+            self.sent.fetch_add(bytes, Ordering::Relaxed);
+        };
+        loop {
+            let idle = |state: &mut State| state.queue.is_empty() && state.dead.is_none();
+            let waited = self.work.wait_while(self.lock(), idle);
+            let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+            if state.dead.is_some() {
+                return;
+            }
+            let packets = std::mem::take(&mut state.queue);
+            drop(state);
+            if let Err(error) = sender.send(packets, count) {
+                debug!(%error, "cannot write to the stream");
+                self.handle.close();
+                return;
+            }
+        }
+    }
+
+    /// The watchdog's life.
+    fn watch(&self) {
+        let mut state = self.lock();
+        while state.dead.is_none() {
+            let Some(since) = state.waiting_since else {
+                let waited = self.watch.wait(state);
+                state = waited.unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let heard = self.born + Duration::from_millis(self.heard.load(Ordering::Relaxed));
+            let bound = match state.busy {
+                0 => self.bounds.silence,
+                _ => self.bounds.silence_of_disk,
+            };
+            let silent = since.max(heard).elapsed();
+            if silent < bound {
+                // A busy disk may end before, and then the shorter bound holds.
+                let nap = (bound - silent).min(self.bounds.silence);
+                let waited = self.watch.wait_timeout(state, nap);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            }
+            drop(state);
+            let seconds = bound.as_secs_f32();
+            let silence = Error::new(
+                Kind::Disconnected,
+                format!("the server has not said a word for {seconds} s"),
+            );
+            self.die(&silence);
+            self.handle.close();
+            return;
+        }
+    }
+}
+
+impl State {
+    /// Takes a packet; `None` when the session is over and nobody waits for it.
+    fn receive(&mut self, packet: Vec<u8>) -> Result<Option<Event<Ticket>>, Violation> {
+        if self.dead.is_some() {
+            return Ok(None);
+        }
+        let event = self.conversation.receive(packet)?;
+        if let Event::Reply { ticket, .. } = &event {
+            self.bytes_in_flight = self.bytes_in_flight.saturating_sub(ticket.payload);
+            self.busy = self.busy.saturating_sub(usize::from(ticket.busies_disk));
+            if self.conversation.outstanding() == 0 {
+                self.waiting_since = None;
+            }
+        }
+        Ok(Some(event))
+    }
+}
+
+fn protocol_error(violation: &Violation) -> Error {
+    let kind = match violation {
+        Violation::Text(_) | Violation::Version(_) | Violation::NotVersion(_) => Kind::Unsupported,
+        _ => Kind::Disconnected,
+    };
+    Error::new(kind, violation.to_string())
+}
+
+/// Counts what comes, and notes when.
+struct Heard<'a> {
+    stream: Box<dyn Read + Send>,
+    shared: &'a Shared,
+}
+
+impl Read for Heard<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let len = self.stream.read(buf)?;
+        let now = self.shared.born.elapsed().as_millis();
+        let now = u64::try_from(now).unwrap_or(u64::MAX);
+        self.shared.heard.store(now, Ordering::Relaxed);
+        self.shared
+            .received
+            .fetch_add(len as u64, Ordering::Relaxed);
+        Ok(len)
+    }
+}
