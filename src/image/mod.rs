@@ -1,0 +1,190 @@
+//! An image as a volume: dialled, inspected, unlocked, stacked; and created.
+//!
+//! ```text
+//! Cache                 partial sectors, write-back, read-ahead
+//!   Overlay             read-only sessions: a journal is replayed in memory only
+//!     Crypt             sectors of the LUKS2 segment
+//!       Store::open     the file: local, or over SFTP
+//! ```
+
+mod create;
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+pub use create::{Created, Creation, create};
+
+use crate::device::Device;
+use crate::error::{Attempt, Error, Kind, Result};
+use crate::layer::crypt::Segment;
+use crate::layer::{Cache, Crypt, Overlay, cache};
+use crate::link::Dial;
+use crate::link::command::CommandDial;
+use crate::link::ssh::{SshDial, SshOptions};
+use crate::location::Location;
+use crate::luks::{self, Header, Loaded};
+use crate::remote::{self, Access, Store};
+use crate::secret::Secret;
+use crate::xts;
+
+/// How the server is reached.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LinkSettings {
+    /// Each is passed to ssh as `-o OPTION`.
+    pub ssh_options: Vec<String>,
+    /// Runs instead of ssh; split into words as a shell does.
+    pub command: Option<String>,
+    /// Whether ssh may ask somebody; else it runs in batch mode.
+    pub interactive: bool,
+}
+
+/// Dials the server of `location`, if it has one.
+pub fn connect(location: &Location, link: &LinkSettings) -> Result<Arc<dyn Store>> {
+    remote::connect(location, |server| -> Result<Arc<dyn Dial>> {
+        let Some(command) = &link.command else {
+            let options = SshOptions {
+                options: link.ssh_options.clone(),
+                batch: !link.interactive,
+                ..SshOptions::default()
+            };
+            return Ok(Arc::new(SshDial::new(server.clone(), options)));
+        };
+        Ok(Arc::new(CommandDial::from_line(command)?))
+    })
+}
+
+/// An image whose header was read and judged, still locked.
+pub struct Sealed {
+    device: Arc<dyn Device>,
+    access: Access,
+    loaded: Loaded,
+}
+
+/// Opens the image and reads its LUKS2 header.
+pub fn inspect(store: &dyn Store, access: Access) -> Result<Sealed> {
+    let device = store.open(access)?;
+    let mut read = |offset: u64, into: &mut [u8]| device.read_exact_at(into, offset);
+    let loaded = luks::load(&mut read, device.size()).attempt(|| "read the LUKS2 header")?;
+    Ok(Sealed {
+        device,
+        access,
+        loaded,
+    })
+}
+
+/// A volume key, and the keyslot that gave it.
+pub struct Unlocked {
+    pub keyslot: usize,
+    volume_key: Secret,
+}
+
+impl Sealed {
+    pub fn header(&self) -> &Header {
+        &self.loaded.header
+    }
+
+    /// Bytes of the image file.
+    pub fn size(&self) -> u64 {
+        self.device.size()
+    }
+
+    /// What was odd about the header, one sentence each.
+    pub fn warnings(&self) -> &[String] {
+        &self.loaded.warnings
+    }
+
+    /// Tries the key on every keyslot. [`Kind::WrongKey`] when none opens.
+    pub fn unlock(&self, key: &Secret) -> Result<Unlocked> {
+        let mut read = |offset: u64, into: &mut [u8]| self.device.read_exact_at(into, offset);
+        let (keyslot, volume_key) = self.loaded.header.unlock(key, &mut read)?;
+        Ok(Unlocked {
+            keyslot,
+            volume_key,
+        })
+    }
+
+    /// The volume inside.
+    pub fn open(self, unlocked: Unlocked) -> Result<Opened> {
+        let volume = stack(
+            self.device,
+            &self.loaded.header,
+            &unlocked.volume_key,
+            self.access,
+        )?;
+        Ok(Opened {
+            header: self.loaded.header,
+            keyslot: unlocked.keyslot,
+            volume,
+        })
+    }
+}
+
+/// An unlocked image.
+pub struct Opened {
+    pub header: Header,
+    pub keyslot: usize,
+    pub volume: Volume,
+}
+
+/// The whole stack, in one place. Each layer is a [`Device`]; any suffix of it runs in a test.
+fn stack(
+    image: Arc<dyn Device>,
+    header: &Header,
+    volume_key: &Secret,
+    access: Access,
+) -> Result<Volume> {
+    let key = xts::Key::new(volume_key.bytes()).ok_or_else(|| {
+        Error::new(
+            Kind::Unsupported,
+            format!("a volume key of {} bytes is not for XTS", volume_key.len()),
+        )
+    })?;
+    let at = header.segment();
+    let segment = Segment {
+        offset: at.offset(),
+        size: (!at.is_dynamic()).then(|| at.size()),
+        sector_size: at.sector_size(),
+        first_tweak: at.iv_tweak(),
+    };
+    let crypt: Arc<dyn Device> = Arc::new(Crypt::new(image, key, segment)?);
+    let below: Arc<dyn Device> = match access {
+        Access::ReadWrite => crypt,
+        Access::ReadOnly => Arc::new(Overlay::new(crypt)),
+    };
+    Ok(Volume {
+        cache: Arc::new(Cache::new(below, cache::Settings::default())?),
+    })
+}
+
+/// The decrypted block device in an image.
+pub struct Volume {
+    cache: Arc<Cache>,
+}
+
+impl Volume {
+    pub fn device(&self) -> Arc<dyn Device> {
+        self.cache.clone()
+    }
+
+    /// Bytes accepted that the server has not yet stored.
+    pub fn owed(&self) -> u64 {
+        self.cache.stats().dirty_bytes
+    }
+
+    /// The same, for a thread that outlives the call.
+    pub fn owed_later(&self) -> impl Fn() -> u64 + Send + use<> {
+        let cache = Arc::downgrade(&self.cache);
+        move || cache.upgrade().map_or(0, |cache| cache.stats().dirty_bytes)
+    }
+
+    /// Everything written before is on stable storage, or the error says why not.
+    pub fn flush(&self) -> Result<()> {
+        self.cache.flush()
+    }
+
+    /// Syncs and ends the threads. The volume must not be in use any more.
+    pub fn close(self) -> Result<()> {
+        self.cache.close()
+    }
+}
