@@ -1,0 +1,286 @@
+//! The command's end of a session.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::level_filters::LevelFilter;
+
+use super::VERB;
+use super::wire::{Order, Plan, Report, Status, receive, send, send_key};
+use crate::error::{Attempt, Error, Kind, Result};
+use crate::host::spawn::{self, Fate};
+use crate::progress::{Event, Monitor, Progress};
+use crate::secret::Secret;
+
+/// How often a wait looks at whether it should stop.
+const POLL: Duration = Duration::from_millis(100);
+
+/// After an order to end, a session that never was mounted, or that is abandoned, has this long
+/// before it is killed: enough to release the lease over a slow link.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where keys come from, and whether asking again makes sense.
+pub trait KeySource {
+    /// The next key to try; `rejected` says why the one before did not serve.
+    fn next_key(&mut self, rejected: Option<&Error>) -> Result<Secret>;
+}
+
+/// A session that is mounted and serves. Dropping it without [`Session::close`] makes the session
+/// process tear down by itself.
+pub struct Session {
+    to: UnixStream,
+    child: Child,
+    reports: Receiver<Report>,
+    status: Arc<Mutex<Status>>,
+    mounted_at: PathBuf,
+    signals: Arc<AtomicUsize>,
+    monitor: Arc<dyn Monitor>,
+    detached: bool,
+}
+
+impl Session {
+    /// Starts the session process and waits until the filesystem is mounted.
+    ///
+    /// `signals` counts the signals that asked to stop: the first ends the session in order, a
+    /// second one abandons it.
+    pub fn start(
+        plan: &Plan,
+        keys: &mut dyn KeySource,
+        signals: Arc<AtomicUsize>,
+        monitor: Arc<dyn Monitor>,
+    ) -> Result<Session> {
+        let (ours, theirs) = UnixStream::pair().attempt(|| "create a socket pair")?;
+        let program = std::env::current_exe().attempt(|| "find this program's own file")?;
+        let mut command = Command::new(&program);
+        // The keys come over the socket; no child needs to see where they come from.
+        for (name, _) in std::env::vars_os() {
+            if name.as_encoded_bytes().starts_with(b"E2EBAK_PASSPHRASE") {
+                command.env_remove(name);
+            }
+        }
+        command.env("E2EBAK_LOG", format!("e2ebak={}", LevelFilter::current()));
+        command
+            .arg(VERB)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null());
+        // Ctrl-C and a service manager's SIGTERM reach the whole group; only the command decides.
+        spawn::prepare(
+            &mut command,
+            Fate {
+                deaf_to_signals: true,
+                ..Fate::default()
+            },
+        );
+        let child = command
+            .spawn()
+            .attempt(|| format!("start the session process {}", program.display()))?;
+        // The command keeps its copy of the far end no longer than this.
+        drop(command);
+        let status = Arc::new(Mutex::new(Status::default()));
+        let (sender, reports) = channel();
+        let from = ours.try_clone().attempt(|| "share the socket")?;
+        let listener = Listener {
+            status: status.clone(),
+            sender,
+            monitor: monitor.clone(),
+        };
+        thread::Builder::new()
+            .name("session-reports".into())
+            .spawn(move || listener.run(from))
+            .attempt(|| "start a thread")?;
+        let mut session = Session {
+            to: ours,
+            child,
+            reports,
+            status,
+            mounted_at: PathBuf::new(),
+            signals,
+            monitor,
+            detached: false,
+        };
+        send(&mut session.to, plan)?;
+        session.mounted_at = session.until_ready(keys)?;
+        Ok(session)
+    }
+
+    fn until_ready(&mut self, keys: &mut dyn KeySource) -> Result<PathBuf> {
+        let mut rejected = None;
+        loop {
+            match self.next_report(1)? {
+                Report::Ready(at) => return Ok(at),
+                Report::WrongKey(told) => rejected = Some(Error::from(told)),
+                Report::Failed(told) => return Err(told.into()),
+                Report::NeedKey => match keys.next_key(rejected.as_ref()) {
+                    Ok(key) => send_key(&mut self.to, &key)?,
+                    Err(error) => {
+                        send(&mut self.to, &Order::NoKey)?;
+                        return Err(rejected.unwrap_or(error));
+                    }
+                },
+                _ => {}
+            }
+        }
+    }
+
+    /// Where the image's filesystem is mounted.
+    pub fn mounted_at(&self) -> &Path {
+        &self.mounted_at
+    }
+
+    /// The latest figures.
+    pub fn status(&self) -> Status {
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves the session running by itself.
+    pub fn detach(mut self) -> Result<()> {
+        self.detached = true;
+        send(&mut self.to, &Order::Detach)
+    }
+
+    /// Waits for the session to end by itself: somebody unmounts, or a signal comes.
+    pub fn wait(mut self) -> Result<Status> {
+        match self.next_report(1) {
+            Ok(Report::Done(status)) => Ok(status),
+            Ok(Report::Failed(told)) => Err(told.into()),
+            Ok(_) => Err(Error::new(Kind::Io, "the session process broke off")),
+            Err(error) if error.kind() == Kind::Interrupted => {
+                self.close()?;
+                Err(error)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Unmounts, and returns when every byte is synced on the server and the lease is released.
+    pub fn close(mut self) -> Result<Status> {
+        self.monitor.report(Event::Phase("unmount"));
+        send(&mut self.to, &Order::Close)?;
+        let patience = self.signals.load(Ordering::Relaxed).max(1) + 1;
+        match self.next_report(patience) {
+            Ok(Report::Done(status)) => Ok(status),
+            Ok(Report::Failed(told)) => Err(told.into()),
+            Ok(_) => Err(Error::new(Kind::Io, "the session process broke off")),
+            Err(error) => {
+                self.abandon();
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends the session at once.
+    fn abandon(&mut self) {
+        let _ = send(&mut self.to, &Order::Abandon);
+        self.reap();
+    }
+
+    /// Waits for the end of the session process, and makes it end when it does not.
+    fn reap(&mut self) {
+        let deadline = Instant::now() + END_TIMEOUT;
+        while Instant::now() < deadline {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            thread::sleep(POLL);
+        }
+        tracing::warn!(
+            pid = self.child.id(),
+            "the session process did not end; killing it"
+        );
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// The next report that decides something, unless `patience` signals have come before it.
+    fn next_report(&mut self, patience: usize) -> Result<Report> {
+        loop {
+            match self.reports.recv_timeout(POLL) {
+                Ok(report) => return Ok(report),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let ended = self
+                        .child
+                        .wait()
+                        .attempt(|| "wait for the session process")?;
+                    return Err(Error::new(
+                        Kind::Io,
+                        format!("the session process ended early ({ended})"),
+                    ));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if self.signals.load(Ordering::Relaxed) >= patience {
+                return Err(Error::new(Kind::Interrupted, "interrupted by a signal"));
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.detached {
+            // The end of the socket is the order to tear down.
+            let _ = self.to.shutdown(std::net::Shutdown::Write);
+            self.reap();
+        }
+    }
+}
+
+/// Receives all reports; keeps figures, passes on what is for the user, queues the rest.
+struct Listener {
+    status: Arc<Mutex<Status>>,
+    sender: Sender<Report>,
+    monitor: Arc<dyn Monitor>,
+}
+
+impl Listener {
+    fn run(self, mut from: UnixStream) {
+        while let Ok(Some(report)) = receive::<Report>(&mut from) {
+            match report {
+                Report::Status(status) => {
+                    *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
+                    let progress = Progress {
+                        owed: Some(status.owed),
+                        sent: Some(status.sent),
+                        ..Progress::default()
+                    };
+                    self.monitor.report(Event::Progress(progress));
+                }
+                Report::Note(text) => self.monitor.report(Event::Note(text)),
+                Report::Warning(text) => self.monitor.report(Event::Warning(text)),
+                Report::Phase(_) => {}
+                other => {
+                    if self.sender.send(other).is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Counts SIGINT, SIGTERM and SIGHUP, and sets `stop` at the first.
+pub fn count_signals() -> Result<(Arc<AtomicUsize>, Arc<AtomicBool>)> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let count = Arc::new(AtomicUsize::new(0));
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut signals = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM])
+        .attempt(|| "listen for signals")?;
+    let (counted, stopped) = (count.clone(), stop.clone());
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in signals.forever() {
+                counted.fetch_add(1, Ordering::Relaxed);
+                stopped.store(true, Ordering::Relaxed);
+            }
+        })
+        .attempt(|| "start a thread")?;
+    Ok((count, stop))
+}

@@ -1,0 +1,119 @@
+//! The public mounts of this user: each session that was left running keeps a directory with its
+//! state and a control socket, so that `e2ebak umount` finds it without touching the mountpoint
+//! (which may hang while the link is down).
+
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::wire::{Order, Report, Status, receive, send};
+use crate::error::{Attempt, Error, Kind, Result};
+use crate::host::runtime_directory;
+use crate::progress::{Event, Monitor, Progress};
+
+const STATE: &str = "state.json";
+const CONTROL: &str = "control";
+
+/// A session that serves a public mountpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Mount {
+    pub mountpoint: PathBuf,
+    pub location: String,
+    pub pid: u32,
+    pub read_only: bool,
+}
+
+/// The directory of one session, removed with it.
+pub(super) fn session_directory(runtime: &Path) -> Result<PathBuf> {
+    let path = runtime.join(std::process::id().to_string());
+    let _ = fs::remove_dir_all(&path);
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&path)
+        .attempt(|| format!("create {}", path.display()))?;
+    Ok(path)
+}
+
+pub(super) fn control_path(session: &Path) -> PathBuf {
+    session.join(CONTROL)
+}
+
+pub(super) fn write_state(session: &Path, mount: &Mount) -> Result<()> {
+    let json = serde_json::to_vec(mount)
+        .map_err(std::io::Error::from)
+        .attempt(|| "encode the state")?;
+    let path = session.join(STATE);
+    fs::write(&path, json).attempt(|| format!("write {}", path.display()))
+}
+
+/// Every public mount of this user, with its session's directory.
+fn all() -> Result<Vec<(PathBuf, Mount)>> {
+    let runtime = runtime_directory()?;
+    let mut mounts = Vec::new();
+    for entry in fs::read_dir(&runtime)
+        .attempt(|| format!("list {}", runtime.display()))?
+        .flatten()
+    {
+        let state = fs::read(entry.path().join(STATE)).ok();
+        if let Some(mount) = state.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            mounts.push((entry.path(), mount));
+        }
+    }
+    Ok(mounts)
+}
+
+/// Has the session behind `mountpoint` unmount, drain, sync and release the lease; returns when
+/// that is done.
+pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
+    let wanted = lexical(mountpoint)?;
+    let Some((session, _)) = all()?
+        .into_iter()
+        .find(|(_, mount)| mount.mountpoint == wanted)
+    else {
+        let error = Error::new(
+            Kind::NotFound,
+            format!("nothing of yours is mounted at {}", wanted.display()),
+        );
+        return Err(error.hint("give the directory that `e2ebak mount` was given"));
+    };
+    let control = control_path(&session);
+    let mut stream = UnixStream::connect(&control)
+        .attempt(|| format!("talk to the session that serves {}", wanted.display()))
+        .map_err(|e| e.hint("its process is gone; umount(8) frees the mountpoint"))?;
+    send(&mut stream, &Order::Close)?;
+    loop {
+        match receive::<Report>(&mut stream)? {
+            Some(Report::Done(status)) => return Ok(status),
+            Some(Report::Failed(told)) => return Err(told.into()),
+            Some(Report::Status(status)) => {
+                let progress = Progress {
+                    owed: Some(status.owed),
+                    sent: Some(status.sent),
+                    ..Progress::default()
+                };
+                monitor.report(Event::Progress(progress));
+            }
+            Some(Report::Warning(text)) => monitor.report(Event::Warning(text)),
+            Some(_) => {}
+            None => {
+                let why = format!("the session that serves {} broke off", wanted.display());
+                return Err(Error::new(Kind::Io, why));
+            }
+        }
+    }
+}
+
+/// The absolute path, its parent resolved; the mountpoint itself is never looked at.
+pub(super) fn lexical(mountpoint: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(mountpoint)
+        .attempt(|| format!("find the mountpoint {}", mountpoint.display()))?;
+    Ok(match (absolute.parent(), absolute.file_name()) {
+        (Some(parent), Some(name)) => fs::canonicalize(parent)
+            .unwrap_or_else(|_| parent.to_path_buf())
+            .join(name),
+        _ => absolute,
+    })
+}

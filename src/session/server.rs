@@ -1,0 +1,479 @@
+//! The session process: sets up, serves, tears down.
+//!
+//! Three threads beside those of the layers: one reads the command's orders, one tells figures to
+//! whoever listens and renews the lease, one waits for the filesystem to be unmounted by others.
+//! All of them turn what happens into [`Happening`]s; the main thread alone acts on them.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, error, warn};
+
+use super::mounts;
+use super::stage::{Stage, Unmounting};
+use super::wire::{Order, Place, Plan, Report, Status, receive, receive_key, send};
+use crate::error::{Attempt, Error, Kind, Result, Told};
+use crate::image::{self, Opened, Sealed};
+use crate::location::Location;
+use crate::remote::lease::Lease;
+use crate::remote::{Access, Store};
+use crate::secret::Secret;
+
+/// How often figures are told.
+const STATUS_EVERY: Duration = Duration::from_millis(250);
+/// How often somebody else's lease is looked at again while waiting.
+const LEASE_POLL: Duration = Duration::from_secs(5);
+/// How often our own lease is renewed.
+const LEASE_RENEWAL: Duration = Duration::from_secs(60);
+/// A listener that does not take a report within this is dropped.
+const LISTENER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What the main thread is woken for.
+pub(super) enum Happening {
+    Order(Order),
+    Key(Secret),
+    /// The command has ended, or wants no more.
+    CommandGone,
+    /// Somebody asks for an end through the control socket.
+    Control(UnixStream),
+    /// The filesystem above was unmounted.
+    Closed,
+    /// SIGINT or SIGTERM to a session that runs by itself.
+    Signal,
+    /// Somebody else has taken the lease.
+    LeaseLost(Error),
+}
+
+/// Runs the session process, from its hidden verb to its end.
+pub fn serve() -> ExitCode {
+    let outcome = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map(UnixStream::from)
+        .attempt(|| "take the command's socket")
+        .and_then(Server::start);
+    let mut server = match outcome {
+        Ok(server) => server,
+        Err(error) => {
+            eprintln!("{}", error.report());
+            return ExitCode::from(error.kind().exit_code());
+        }
+    };
+    match server.run() {
+        Ok(status) => {
+            server.listeners.tell(&Report::Done(status));
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            // Whoever listens prints it; a session that runs by itself has only its log.
+            debug!("{}", failure.report());
+            server.listeners.tell(&Report::Failed(Told::from(&failure)));
+            ExitCode::from(failure.kind().exit_code())
+        }
+    }
+}
+
+struct Server {
+    happenings: Receiver<Happening>,
+    sender: Sender<Happening>,
+    listeners: Arc<Listeners>,
+    plan: Plan,
+    /// Set while an end at once would leave something behind.
+    holds: Arc<AtomicBool>,
+}
+
+impl Server {
+    fn start(mut command: UnixStream) -> Result<Server> {
+        harden();
+        let plan: Plan = receive(&mut command)?
+            .ok_or_else(|| Error::new(Kind::Usage, "this verb is started by other verbs only"))?;
+        let (sender, happenings) = channel();
+        let holds = Arc::new(AtomicBool::new(false));
+        let listeners = Arc::new(Listeners::default());
+        listeners.add(
+            command
+                .try_clone()
+                .attempt(|| "share the command's socket")?,
+        );
+        let orders = Orders {
+            command,
+            sender: sender.clone(),
+            holds: holds.clone(),
+        };
+        start_thread("session-orders", move || orders.listen())?;
+        Ok(Server {
+            happenings,
+            sender,
+            listeners,
+            plan,
+            holds,
+        })
+    }
+
+    fn run(&mut self) -> Result<Status> {
+        let location: Location = self
+            .plan
+            .location
+            .parse()
+            .map_err(|why| Error::new(Kind::Usage, why))?;
+        let store = image::connect(&location, &self.plan.link)?;
+        self.holds.store(true, Ordering::SeqCst);
+        let access = if self.plan.read_only {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        };
+        let sealed = image::inspect(&*store, access)?;
+        for warning in sealed.warnings() {
+            self.listeners.tell(&Report::Warning(warning.clone()));
+        }
+        let lease = self.lease(&store, &location, access)?;
+        let opened = self.unlock(sealed)?;
+        let stage = Stage::build(&self.plan, opened)?;
+        let ticking = Ticking::start(&store, &stage, lease.clone(), &self.listeners, &self.sender)?;
+        let served = self.serve(&stage, &location);
+        let unmounting = match &served {
+            Ok(unmounting) => *unmounting,
+            Err(_) => Unmounting::Forced,
+        };
+        let torn_down = stage.tear_down(unmounting);
+        ticking.stop();
+        let released = lease
+            .and_then(Arc::into_inner)
+            .map_or(Ok(()), Lease::release);
+        served?;
+        torn_down?;
+        released.attempt(|| "release the lease")?;
+        let traffic = store.traffic();
+        Ok(Status {
+            owed: 0,
+            sent: traffic.sent,
+            received: traffic.received,
+        })
+    }
+
+    /// Takes the lease, waiting for it as long as the plan says.
+    fn lease(
+        &self,
+        store: &Arc<dyn Store>,
+        location: &Location,
+        access: Access,
+    ) -> Result<Option<Arc<Lease>>> {
+        if access == Access::ReadOnly {
+            if let Some(holder) = Lease::peek(&**store)? {
+                let text = format!(
+                    "{} is writing this image; what is read may be about to change",
+                    holder.describe()
+                );
+                self.listeners.tell(&Report::Warning(text));
+            }
+            return Ok(None);
+        }
+        let deadline = Instant::now() + self.plan.wait;
+        let mut waiting = false;
+        loop {
+            match Lease::take(store.clone(), &location.to_string()) {
+                Ok(lease) => {
+                    if let Some(note) = lease.note() {
+                        self.listeners.tell(&Report::Note(note.into()));
+                    }
+                    return Ok(Some(Arc::new(lease)));
+                }
+                Err(error) if error.kind() == Kind::InUse && Instant::now() < deadline => {
+                    if !waiting {
+                        self.listeners.tell(&Report::Note(format!(
+                            "waiting: {}",
+                            error.chain().join(": ")
+                        )));
+                        waiting = true;
+                    }
+                    self.pause(LEASE_POLL.min(deadline - Instant::now()))?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Waits, unless the command ends meanwhile.
+    fn pause(&self, time: Duration) -> Result<()> {
+        match self.happenings.recv_timeout(time) {
+            Err(RecvTimeoutError::Timeout) => Ok(()),
+            _ => Err(interrupted()),
+        }
+    }
+
+    /// Asks the command for keys until one opens.
+    fn unlock(&self, sealed: Sealed) -> Result<Opened> {
+        loop {
+            self.listeners.tell(&Report::NeedKey);
+            let key = match self.happenings.recv() {
+                Ok(Happening::Key(key)) => key,
+                _ => return Err(interrupted()),
+            };
+            match sealed.unlock(&key) {
+                Ok(unlocked) => return sealed.open(unlocked),
+                Err(error) if error.kind() == Kind::WrongKey => {
+                    self.listeners.tell(&Report::WrongKey(Told::from(&error)));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Serves until something ends the session; says how the filesystem is to be unmounted.
+    fn serve(&mut self, stage: &Stage, location: &Location) -> Result<Unmounting> {
+        stage.watch(self.sender.clone())?;
+        self.listeners
+            .tell(&Report::Ready(stage.mounted_at().to_path_buf()));
+        let mut detached = false;
+        loop {
+            // OK to unwrap: `self.sender` lives as long as the receiver.
+            match self.happenings.recv().unwrap_or(Happening::CommandGone) {
+                Happening::Order(Order::Detach) => {
+                    self.stand_alone(stage, location)?;
+                    detached = true;
+                }
+                Happening::CommandGone if detached => {}
+                Happening::Order(Order::Close) | Happening::CommandGone => {
+                    return Ok(Unmounting::Patient);
+                }
+                Happening::Closed => return Ok(Unmounting::Done),
+                Happening::Signal => return Ok(Unmounting::Forced),
+                Happening::Order(Order::Abandon) => return Err(interrupted()),
+                Happening::LeaseLost(error) => return Err(error),
+                Happening::Control(stream) => match stage.unmount() {
+                    Ok(()) => {
+                        self.listeners.add(stream);
+                        return Ok(Unmounting::Done);
+                    }
+                    Err(error) => {
+                        let one = Listeners::default();
+                        one.add(stream);
+                        one.tell(&Report::Failed(Told::from(&error)));
+                    }
+                },
+                Happening::Key(_) | Happening::Order(_) => {}
+            }
+        }
+    }
+
+    /// Becomes a daemon: no terminal, its own log, a control socket, its own signals.
+    fn stand_alone(&self, stage: &Stage, location: &Location) -> Result<()> {
+        let state = mounts::Mount {
+            mountpoint: stage.mounted_at().to_path_buf(),
+            location: location.to_string(),
+            pid: std::process::id(),
+            read_only: self.plan.read_only,
+        };
+        let control = mounts::control_path(stage.directory());
+        let listener =
+            UnixListener::bind(&control).attempt(|| format!("listen at {}", control.display()))?;
+        mounts::write_state(stage.directory(), &state)?;
+        let sender = self.sender.clone();
+        start_thread("session-control", move || {
+            answer_control(&listener, &sender)
+        })?;
+        let sender = self.sender.clone();
+        start_signals(sender)?;
+        // It may already lead a session of its own, which is as good.
+        let _ = rustix::process::setsid();
+        leave_terminal(&stage.directory().join("log"))
+    }
+}
+
+fn interrupted() -> Error {
+    Error::new(Kind::Interrupted, "interrupted by a signal")
+}
+
+fn start_thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    let started = thread::Builder::new().name(name.into()).spawn(body);
+    started
+        .map(drop)
+        .attempt(|| format!("start the thread {name}"))
+}
+
+/// Keeps keys out of core dumps, and memory reclaim from waiting for our own writes.
+fn harden() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    if let Err(errno) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        warn!(%errno, "core dumps stay possible");
+    }
+    crate::host::privilege::serve_block_device();
+}
+
+fn start_signals(sender: Sender<Happening>) -> Result<()> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).attempt(|| "listen for signals")?;
+    start_thread("session-signals", move || {
+        for _ in signals.forever() {
+            if sender.send(Happening::Signal).is_err() {
+                return;
+            }
+        }
+    })
+}
+
+/// Standard input, output and error go away from the terminal, so that it can be closed.
+fn leave_terminal(log: &Path) -> Result<()> {
+    let open = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log);
+    let log = open.attempt(|| format!("open the log {}", log.display()))?;
+    let null = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null");
+    let null = null.attempt(|| "open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null)
+        .and_then(|()| rustix::stdio::dup2_stdout(&null))
+        .and_then(|()| rustix::stdio::dup2_stderr(&log))
+        .attempt(|| "leave the terminal")
+}
+
+fn answer_control(listener: &UnixListener, sender: &Sender<Happening>) {
+    for stream in listener.incoming().flatten() {
+        let mut stream = stream;
+        if let Ok(Some(Order::Close)) = receive(&mut stream)
+            && sender.send(Happening::Control(stream)).is_err()
+        {
+            return;
+        }
+    }
+}
+
+/// Reads what the command says.
+struct Orders {
+    command: UnixStream,
+    sender: Sender<Happening>,
+    holds: Arc<AtomicBool>,
+}
+
+impl Orders {
+    fn listen(mut self) {
+        while let Ok(Some(order)) = receive::<Order>(&mut self.command) {
+            let happening = match order {
+                Order::Key => match receive_key(&mut self.command) {
+                    Ok(key) => Happening::Key(key),
+                    Err(_) => break,
+                },
+                // Whatever the main thread waits for now is not worth waiting for.
+                Order::Abandon => std::process::exit(i32::from(Kind::Interrupted.exit_code())),
+                other => Happening::Order(other),
+            };
+            if self.sender.send(happening).is_err() {
+                return;
+            }
+        }
+        if !self.holds.load(Ordering::SeqCst) {
+            std::process::exit(i32::from(Kind::Interrupted.exit_code()));
+        }
+        let _ = self.sender.send(Happening::CommandGone);
+    }
+}
+
+/// Everybody who wants to hear reports.
+#[derive(Default)]
+struct Listeners(Mutex<Vec<UnixStream>>);
+
+impl Listeners {
+    fn add(&self, stream: UnixStream) {
+        let _ = stream.set_write_timeout(Some(LISTENER_TIMEOUT));
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(stream);
+    }
+
+    fn tell(&self, report: &Report) {
+        let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.retain_mut(|stream| send(stream, report).is_ok());
+    }
+}
+
+/// Tells figures and renews the lease until stopped.
+struct Ticking {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Ticking {
+    fn start(
+        store: &Arc<dyn Store>,
+        stage: &Stage,
+        lease: Option<Arc<Lease>>,
+        listeners: &Arc<Listeners>,
+        sender: &Sender<Happening>,
+    ) -> Result<Ticking> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, store, owed) = (stop.clone(), store.clone(), stage.owed());
+        let (listeners, sender) = (listeners.clone(), sender.clone());
+        let tick = move || {
+            let mut told = None;
+            let mut renewed = Instant::now();
+            while !stopped.load(Ordering::Relaxed) {
+                thread::sleep(STATUS_EVERY);
+                let traffic = store.traffic();
+                let status = Status {
+                    owed: owed(),
+                    sent: traffic.sent,
+                    received: traffic.received,
+                };
+                if told != Some(status) {
+                    listeners.tell(&Report::Status(status));
+                    told = Some(status);
+                }
+                let Some(lease) = lease
+                    .as_ref()
+                    .filter(|_| renewed.elapsed() >= LEASE_RENEWAL)
+                else {
+                    continue;
+                };
+                renewed = Instant::now();
+                match lease.renew() {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == Kind::InUse => {
+                        let _ = sender.send(Happening::LeaseLost(error));
+                    }
+                    Err(error) => warn!("cannot renew the lease: {}", error.report()),
+                }
+            }
+        };
+        let thread = thread::Builder::new()
+            .name("session-status".into())
+            .spawn(tick);
+        let thread = thread.attempt(|| "start the thread session-status")?;
+        Ok(Ticking { stop, thread })
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if self.thread.join().is_err() {
+            error!("the thread session-status panicked");
+        }
+    }
+}
+
+/// The directory that a session's mounts live in.
+pub(super) fn place(plan: &Plan) -> Result<(PathBuf, PathBuf)> {
+    match &plan.place {
+        Place::Private(runtime) => {
+            let mountpoint = runtime.join("filesystem");
+            std::fs::create_dir_all(&mountpoint)
+                .attempt(|| format!("create {}", mountpoint.display()))?;
+            Ok((runtime.clone(), mountpoint))
+        }
+        Place::Public(mountpoint) => {
+            let directory = mounts::session_directory(&crate::host::runtime_directory()?)?;
+            Ok((directory, mounts::lexical(mountpoint)?))
+        }
+    }
+}
