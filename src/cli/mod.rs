@@ -1,5 +1,117 @@
-//! cli
+//! The command line: a verb is a page; this file only chooses it and turns its result into an
+//! exit code.
 
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+mod args;
+mod backup;
+mod info;
+mod init;
+mod key;
+mod mount;
+mod restore;
+mod snapshots;
+mod umount;
+mod unlock;
+mod unmounted;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::error::{Error, Kind, Result};
+use crate::session;
+
+/// Encrypted backup into one LUKS2 image on a server that nobody has to trust.
+#[derive(Parser)]
+#[command(name = "e2ebak", version, about, after_help = AFTER_HELP, max_term_width = 100)]
+struct Cli {
+    /// Show decisions (-v) or every child process (-vv) on standard error
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const AFTER_HELP: &str = "\
+Locations:   [user@]host:path   sftp://[user@]host[:port]/path   /local/path   file:///path
+Exit codes:  0 ok, 1 failed, 2 usage, 3 done with warnings, 10 no such image, 11 in use,
+             12 wrong key, 13 corrupt, 14 disconnected, 130 interrupted";
+
+#[derive(Subcommand)]
+enum Verb {
+    Init(init::Args),
+    Backup(backup::Args),
+    Snapshots(snapshots::Args),
+    Restore(restore::Args),
+    Mount(mount::Args),
+    Umount(umount::Args),
+    Info(info::Args),
+    Unlock(unlock::Args),
+    #[command(name = session::VERB, hide = true)]
+    SessionProcess,
+}
+
+/// How a verb that did not fail has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    Clean,
+    /// Done, with something that a person should look at.
+    Warnings,
+}
+
+pub fn main() -> ExitCode {
+    let matches = Cli::command().try_get_matches();
+    let cli = match matches.and_then(|m| Cli::from_arg_matches(&m)) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A reader that went away is no reason to panic.
+            let _ = error.print();
+            return ExitCode::from(error.exit_code() as u8);
+        }
+    };
+    start_log(cli.verbose);
+    if let Verb::SessionProcess = cli.verb {
+        return session::serve();
+    }
+    match run(cli.verb) {
+        Ok(Ending::Clean) => ExitCode::SUCCESS,
+        Ok(Ending::Warnings) => ExitCode::from(3),
+        Err(error) => {
+            eprintln!("{}", error.report());
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<Ending> {
+    match verb {
+        Verb::Init(args) => init::run(args),
+        Verb::Backup(args) => backup::run(args),
+        Verb::Snapshots(args) => snapshots::run(args),
+        Verb::Restore(args) => restore::run(args),
+        Verb::Mount(args) => mount::run(args),
+        Verb::Umount(args) => umount::run(args),
+        Verb::Info(args) => info::run(args),
+        Verb::Unlock(args) => unlock::run(args),
+        Verb::SessionProcess => Err(Error::new(Kind::Usage, "this verb is not for people")),
+    }
+}
+
+/// The level of the log; a session process takes it over from the command.
+const LOG: &str = "E2EBAK_LOG";
+
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => std::env::var(LOG).unwrap_or_else(|_| "e2ebak=error".into()),
+        1 => "e2ebak=info".into(),
+        2 => "e2ebak=debug".into(),
+        _ => "e2ebak=trace".into(),
+    };
+    let filter = EnvFilter::try_new(&level).unwrap_or_else(|_| EnvFilter::new("e2ebak=error"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
 }

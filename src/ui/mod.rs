@@ -1,1 +1,9 @@
-//! ui
+//! What a person or a script sees: progress, tables, prompts.
+
+mod prompt;
+mod table;
+mod terminal;
+
+pub use prompt::{ask_hidden, has_terminal};
+pub use table::Table;
+pub use terminal::{Style, Terminal};

@@ -1,0 +1,217 @@
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::cli::Ending;
+use crate::cli::args::{ImageArgs, OutputArgs};
+use crate::cli::key::KeyArgs;
+use crate::error::{Attempt, Error, Kind, Result};
+use crate::host;
+use crate::location::Location;
+use crate::progress::{Event, Monitor, Progress};
+use crate::session::{self, Place, Plan, Session, Status};
+use crate::snapshot::{self, Filters, Job, Outcome};
+use crate::ui::{Style, Terminal};
+use crate::units::{Bytes, parse_duration, show_duration};
+
+/// Take a snapshot of PATHs
+///
+/// Every snapshot looks like a full copy; what did not change since the last one is a hard link.
+/// An interrupted run is taken up again by the next one. A snapshot appears only when it is whole
+/// and synced on the server.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    image: ImageArgs,
+
+    /// What to back up
+    #[arg(value_name = "PATH", required = true)]
+    paths: Vec<PathBuf>,
+
+    /// Leave out what matches this rsync pattern; one that begins with / is a full path
+    #[arg(long, value_name = "PATTERN", help_heading = "Filters")]
+    exclude: Vec<OsString>,
+
+    /// Read such patterns from a file, one a line
+    #[arg(long, value_name = "FILE", help_heading = "Filters")]
+    exclude_from: Vec<PathBuf>,
+
+    /// Do not enter other filesystems
+    #[arg(short = 'x', long, help_heading = "Filters")]
+    one_file_system: bool,
+
+    /// Leave out the content of directories that hold a CACHEDIR.TAG
+    #[arg(long, help_heading = "Filters")]
+    exclude_caches: bool,
+
+    /// How long to wait while somebody else holds the image, for example 30m
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0")]
+    wait: Duration,
+
+    /// Print progress and summary as JSON, one object a line
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    key: KeyArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub fn run(args: Args) -> Result<Ending> {
+    let location = args.image.location()?;
+    let link = args.image.link();
+    let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, args.json)));
+    let doing = || format!("cannot back up into {location}");
+    let sources = snapshot::resolve_sources(&args.paths).attempt(doing)?;
+    for file in &args.exclude_from {
+        std::fs::File::open(file)
+            .attempt(|| format!("read the exclude file {}", file.display()))
+            .attempt(doing)?;
+    }
+    host::require("rsync").attempt(doing)?;
+    // Before any thread: a user namespace takes only a process that has one.
+    let runtime = host::enter_private().attempt(doing)?;
+
+    let clock = Instant::now();
+    let (signals, stop) = session::count_signals()?;
+    let mut keys = args.key.keys(&location.to_string(), signals.clone())?;
+    for note in &sources.notes {
+        terminal.report(Event::Note(note.clone()));
+    }
+    let plan = Plan {
+        location: args.image.location.clone(),
+        link,
+        read_only: false,
+        wait: args.wait,
+        place: Place::Private(runtime.clone()),
+    };
+    let started = Session::start(&plan, &mut keys, signals, terminal.clone());
+    let session = started.inspect_err(|_| terminal.finish()).attempt(doing)?;
+    let filters = Filters {
+        exclude: args.exclude.clone(),
+        exclude_from: args.exclude_from.clone(),
+        one_file_system: args.one_file_system,
+        exclude_caches: args.exclude_caches,
+    };
+    let taken = snapshot::take(&Job {
+        root: session.mounted_at(),
+        sources: &sources,
+        filters: &filters,
+        leave_out: &never_backed_up(&location, &runtime),
+        host: &host::host_name(),
+        stop: &stop,
+        monitor: &*terminal,
+        link: &|| figures(session.status()),
+    });
+    let closed = session.close();
+    terminal.finish();
+    let (outcome, status) = both(taken, closed).attempt(doing)?;
+    summary(&args, &location, &outcome, status, clock.elapsed());
+    Ok(if outcome.record.error_count > 0 {
+        Ending::Warnings
+    } else {
+        Ending::Clean
+    })
+}
+
+fn figures(status: Status) -> Progress {
+    Progress {
+        owed: Some(status.owed),
+        sent: Some(status.sent),
+        ..Progress::default()
+    }
+}
+
+/// The image itself, when it lies on this machine, and our own mounts.
+fn never_backed_up(location: &Location, runtime: &std::path::Path) -> Vec<PathBuf> {
+    let mut paths = vec![runtime.to_path_buf()];
+    if let Location::Local(image) = location
+        && let Ok(image) = std::fs::canonicalize(image)
+    {
+        let mut lease = image.clone().into_os_string();
+        lease.push(".lease");
+        paths.extend([image, lease.into()]);
+    }
+    paths
+}
+
+/// A failing session is the cause of what rsync saw of it.
+fn both(taken: Result<Outcome>, closed: Result<Status>) -> Result<(Outcome, Status)> {
+    match (taken, closed) {
+        (Ok(outcome), Ok(status)) => Ok((outcome, status)),
+        (Err(taken), Ok(_)) => Err(taken),
+        (Err(taken), Err(_)) if taken.kind() == Kind::Interrupted => Err(taken),
+        (Err(taken), Err(closed)) => {
+            let kind = closed.kind();
+            Err(Error::new(kind, format!("nothing was published ({taken})")).because(closed))
+        }
+        (Ok(outcome), Err(closed)) => {
+            let what = format!(
+                "the snapshot {} is published, but closing the image failed",
+                outcome.record.id
+            );
+            Err(Error::new(closed.kind(), what).because(closed))
+        }
+    }
+}
+
+fn summary(
+    args: &Args,
+    location: &Location,
+    outcome: &Outcome,
+    status: Status,
+    duration: Duration,
+) {
+    let record = &outcome.record;
+    if args.json {
+        let mut line = json!(record);
+        line["message_type"] = "summary".into();
+        line["vanished"] = outcome.vanished.into();
+        line["sent_bytes"] = status.sent.into();
+        line["received_bytes"] = status.received.into();
+        println!("{line}");
+        return;
+    }
+    if !args.output.quiet {
+        println!("snapshot {} in {location}", record.id);
+        println!(
+            "  files      {:>12}   new {}",
+            record.files, record.new_files
+        );
+        println!(
+            "  size       {:>12}   new {}",
+            Bytes(record.bytes).to_string(),
+            Bytes(record.new_bytes)
+        );
+        println!(
+            "  sent       {:>12}   in {}",
+            Bytes(status.sent).to_string(),
+            show_duration(duration)
+        );
+        if outcome.vanished > 0 {
+            println!(
+                "  note: {} files vanished while they were being copied",
+                outcome.vanished
+            );
+        }
+    }
+    if record.error_count > 0 {
+        eprintln!(
+            "warning: completed with errors: {} paths could not be backed up as they are:",
+            record.error_count
+        );
+        for error in &record.errors {
+            eprintln!("  {error}");
+        }
+        if record.error_count > record.errors.len() as u64 {
+            eprintln!(
+                "  and {} more",
+                record.error_count - record.errors.len() as u64
+            );
+        }
+    }
+}

@@ -1,0 +1,102 @@
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::cli::Ending;
+use crate::cli::args::ImageArgs;
+use crate::cli::key::KeyArgs;
+use crate::cli::unmounted;
+use crate::error::{Attempt, Result};
+use crate::session;
+use crate::snapshot::{Catalogue, Found};
+use crate::ui::Table;
+use crate::units::{Bytes, show_duration};
+
+/// List the snapshots in an image, oldest first
+///
+/// Nothing is mounted and nothing is written; an ordinary user can do it.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    image: ImageArgs,
+
+    /// Print an array of objects
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    key: KeyArgs,
+}
+
+pub fn run(args: Args) -> Result<Ending> {
+    let location = args.image.location()?;
+    let (signals, _) = session::count_signals()?;
+    let list = || {
+        let mut keys = args.key.keys(&location.to_string(), signals)?;
+        let mut files = unmounted::open(&location, &args.image.link(), &mut keys)?;
+        Catalogue::load(&mut files)
+    };
+    let catalogue = list().attempt(|| format!("cannot list the snapshots in {location}"))?;
+    if args.json {
+        let all: Vec<Value> = catalogue
+            .complete
+            .iter()
+            .map(|found| json!(found.record))
+            .collect();
+        println!("{:#}", Value::from(all));
+    } else {
+        print(&catalogue);
+    }
+    for (id, why) in &catalogue.damaged {
+        eprintln!("warning: {id} does not count as a snapshot: {why}");
+    }
+    Ok(if catalogue.damaged.is_empty() {
+        Ending::Clean
+    } else {
+        Ending::Warnings
+    })
+}
+
+fn print(catalogue: &Catalogue) {
+    let mut table = Table::new(&[
+        "id",
+        "when",
+        "sources",
+        ">files",
+        ">size",
+        ">new",
+        ">duration",
+        "",
+    ]);
+    for Found { id, record } in &catalogue.complete {
+        table.row(vec![
+            id.to_string(),
+            local_time(*id),
+            record.sources.join(" ").escape_debug().to_string(),
+            record.files.to_string(),
+            Bytes(record.bytes).to_string(),
+            Bytes(record.new_bytes).to_string(),
+            show_duration(Duration::try_from_secs_f64(record.duration_seconds).unwrap_or_default()),
+            match record.error_count {
+                0 => String::new(),
+                count => format!("{count} errors"),
+            },
+        ]);
+    }
+    print!("{}", table.render());
+    for id in &catalogue.inflight {
+        println!("{id}  unfinished: running now, or interrupted; the next backup takes it up");
+    }
+    match catalogue.complete.len() {
+        0 => println!("no complete snapshot"),
+        1 => println!("1 snapshot"),
+        count => println!("{count} snapshots"),
+    }
+}
+
+fn local_time(id: crate::snapshot::Id) -> String {
+    id.time()
+        .to_zoned(jiff::tz::TimeZone::system())
+        .strftime("%a %Y-%m-%d %H:%M")
+        .to_string()
+}

@@ -1,0 +1,208 @@
+//! Shows a job's events: a bar on a terminal, plain lines elsewhere, JSON lines for scripts, only
+//! trouble when quiet.
+
+use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use crate::progress::{Event, Monitor, Progress};
+use crate::units::{Bytes, show_duration};
+
+/// A job that is over sooner shows no bar.
+const BAR_AFTER: Duration = Duration::from_millis(250);
+/// How often a log gets a line.
+const LINE_EVERY: Duration = Duration::from_secs(60);
+/// How often a script gets a line.
+const JSON_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    Bar,
+    Lines,
+    Json,
+    Quiet,
+}
+
+impl Style {
+    /// What the flags and the terminal ask for.
+    pub fn choose(quiet: bool, json: bool) -> Self {
+        match () {
+            () if json => Style::Json,
+            () if quiet => Style::Quiet,
+            () if std::io::stderr().is_terminal() => Style::Bar,
+            () => Style::Lines,
+        }
+    }
+}
+
+/// Everything goes to standard error, but JSON, which goes to standard output.
+pub struct Terminal {
+    style: Style,
+    state: Mutex<State>,
+}
+
+struct State {
+    bar: ProgressBar,
+    began: Instant,
+    said: Instant,
+    phase: &'static str,
+    progress: Progress,
+}
+
+impl Terminal {
+    pub fn new(style: Style) -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        // OK to unwrap: the template is a constant; a test builds it.
+        let looks = ProgressStyle::with_template("{spinner} {msg}")
+            .unwrap_or(ProgressStyle::default_spinner());
+        bar.set_style(looks);
+        let now = Instant::now();
+        let state = State {
+            bar,
+            began: now,
+            said: now,
+            phase: "",
+            progress: Progress::default(),
+        };
+        Terminal {
+            style,
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Takes the bar away; what follows is the result.
+    pub fn finish(&self) {
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .bar
+            .finish_and_clear();
+    }
+}
+
+impl Monitor for Terminal {
+    fn report(&self, event: Event) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            Event::Warning(text) if self.style == Style::Json => {
+                println!("{}", json!({"message_type": "warning", "message": text}));
+            }
+            Event::Warning(text) => state.bar.suspend(|| eprintln!("warning: {text}")),
+            Event::Note(text) => match self.style {
+                Style::Quiet => {}
+                Style::Json => println!("{}", json!({"message_type": "note", "message": text})),
+                Style::Bar | Style::Lines => state.bar.suspend(|| eprintln!("{text}")),
+            },
+            Event::Phase(phase) => {
+                state.phase = phase;
+                self.show(&mut state);
+            }
+            Event::Progress(progress) => {
+                state.progress = merged(state.progress, progress);
+                self.show(&mut state);
+            }
+        }
+    }
+}
+
+impl Terminal {
+    fn show(&self, state: &mut State) {
+        let due = |every: Duration| state.said.elapsed() >= every;
+        match self.style {
+            Style::Bar => {
+                if state.bar.is_hidden() && state.began.elapsed() >= BAR_AFTER {
+                    state.bar.set_draw_target(ProgressDrawTarget::stderr());
+                    state.bar.enable_steady_tick(Duration::from_millis(200));
+                }
+                state.bar.set_message(sentence(state));
+            }
+            Style::Lines if due(LINE_EVERY) => {
+                state.said = Instant::now();
+                eprintln!("{}", sentence(state));
+            }
+            Style::Json if due(JSON_EVERY) => {
+                state.said = Instant::now();
+                let p = state.progress;
+                println!(
+                    "{}",
+                    json!({
+                        "message_type": "status", "phase": state.phase,
+                        "seconds_elapsed": state.began.elapsed().as_secs(),
+                        "files_done": p.files, "total_files": p.files_total, "bytes_done": p.bytes,
+                        "total_bytes": p.bytes_total, "bytes_owed": p.owed, "bytes_sent": p.sent,
+                    })
+                );
+            }
+            Style::Lines | Style::Json | Style::Quiet => {}
+        }
+    }
+}
+
+/// The newer figure where there is one.
+fn merged(old: Progress, new: Progress) -> Progress {
+    Progress {
+        files: new.files.or(old.files),
+        files_total: new.files_total.or(old.files_total),
+        bytes: new.bytes.or(old.bytes),
+        bytes_total: new.bytes_total.or(old.bytes_total),
+        owed: new.owed.or(old.owed),
+        sent: new.sent.or(old.sent),
+    }
+}
+
+fn sentence(state: &State) -> String {
+    let p = state.progress;
+    let elapsed = state.began.elapsed();
+    let mut parts = vec![format!("{} {}", state.phase, show_duration(elapsed))];
+    match (p.files, p.files_total) {
+        (Some(done), Some(total)) => parts.push(format!("{done}/{total} files")),
+        (Some(done), None) => parts.push(format!("{done} files")),
+        _ => {}
+    }
+    if let Some(done) = p.bytes {
+        parts.push(match p.bytes_total {
+            Some(total) => format!("{}/{}", Bytes(done), Bytes(total)),
+            None => format!("{} copied", Bytes(done)),
+        });
+        let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
+        parts.push(format!("{}/s", Bytes(rate as u64)));
+    }
+    if let Some(sent) = p.sent {
+        parts.push(format!("{} sent", Bytes(sent)));
+    }
+    if let Some(owed) = p.owed.filter(|owed| *owed > 0) {
+        parts.push(format!("{} still to send", Bytes(owed)));
+    }
+    parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bar_template_is_good() {
+        assert!(ProgressStyle::with_template("{spinner} {msg}").is_ok());
+    }
+
+    #[test]
+    fn figures_from_both_sides_are_kept() {
+        let copy = Progress {
+            files: Some(3),
+            bytes: Some(10),
+            ..Progress::default()
+        };
+        let link = Progress {
+            owed: Some(7),
+            ..Progress::default()
+        };
+        let both = merged(merged(Progress::default(), copy), link);
+        assert_eq!(
+            (both.files, both.bytes, both.owed),
+            (Some(3), Some(10), Some(7))
+        );
+    }
+}
