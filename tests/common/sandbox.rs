@@ -1,0 +1,242 @@
+//! A temporary directory that everything of one test lives in, and that takes everything with it:
+//! processes, mounts and loop devices are found by its path.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use super::tool;
+
+pub struct Sandbox {
+    dir: TempDir,
+}
+
+impl Sandbox {
+    pub fn new() -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("e2ebak-test-")
+            .tempdir()
+            .expect("a temporary directory");
+        let sandbox = Sandbox { dir };
+        for name in ["home", "run", "tmp"] {
+            fs::create_dir(sandbox.path(name)).expect("a directory");
+        }
+        sandbox
+    }
+
+    pub fn root(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root().join(name)
+    }
+
+    /// A directory inside, made if it is not there.
+    pub fn dir(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(&path).expect("a directory");
+        path
+    }
+
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content).expect("a file");
+        path
+    }
+
+    /// Opens it to an ordinary user, and puts a copy of the program into it: where the build
+    /// directory lies, that user may not look.
+    pub fn open_to(&self, uid: u32) {
+        let readable = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(self.root(), readable.clone()).expect("a mode");
+        for name in ["home", "run", "tmp", "store"] {
+            std::os::unix::fs::chown(self.dir(name), Some(uid), Some(uid)).expect("an owner");
+            for entry in fs::read_dir(self.path(name)).expect("readable").flatten() {
+                std::os::unix::fs::chown(entry.path(), Some(uid), Some(uid)).expect("an owner");
+            }
+        }
+        let program = self.path("e2ebak");
+        fs::copy(super::Program::binary(), &program).expect("the program");
+        fs::set_permissions(&program, readable).expect("a mode");
+    }
+
+    /// Processes whose command line, environment or working directory names this sandbox.
+    pub fn processes(&self) -> Vec<(u32, String)> {
+        let needle = self.root().as_os_str().as_bytes();
+        let names = |bytes: &[u8]| bytes.windows(needle.len()).any(|window| window == needle);
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+            let pid = entry.file_name().to_string_lossy().parse::<u32>();
+            let Ok(pid) = pid else { continue };
+            if pid == std::process::id() || is_dead(pid) {
+                continue;
+            }
+            let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
+            let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+            let line = read("cmdline");
+            if names(&line) || names(&read("environ")) || names(cwd.as_os_str().as_bytes()) {
+                let line = String::from_utf8_lossy(&line).replace('\0', " ");
+                found.push((pid, line));
+            }
+        }
+        found
+    }
+
+    /// SIGKILL to every one of them: the machine's bad day.
+    pub fn kill_processes(&self) {
+        for (pid, _) in self.processes() {
+            kill(pid, Signal::KILL);
+        }
+    }
+
+    /// Mountpoints below this sandbox in the test's own namespace, innermost first.
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        let info = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+        let points = info.lines().filter_map(|line| line.split(' ').nth(4));
+        let mut found: Vec<PathBuf> = points
+            .map(|point| PathBuf::from(point.replace("\\040", " ")))
+            .filter(|point| point.starts_with(self.root()))
+            .collect();
+        found.reverse();
+        found
+    }
+
+    /// Loop devices whose backing file lies in this sandbox.
+    pub fn loops(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/sys/block").expect("/sys/block").flatten() {
+            let backing = entry.path().join("loop/backing_file");
+            let backing = fs::read_to_string(backing).unwrap_or_default();
+            if Path::new(backing.trim_end()).starts_with(self.root()) {
+                found.push(format!("/dev/{}", entry.file_name().to_string_lossy()));
+            }
+        }
+        found
+    }
+
+    /// Fails unless the program has left nothing running, mounted or attached. What is on its way
+    /// out gets a few seconds: the kernel frees loop devices a little after the unmount.
+    pub fn assert_nothing_left(&self) {
+        let end = Instant::now() + Duration::from_secs(5);
+        loop {
+            let left = self.left();
+            if left.is_empty() {
+                return;
+            }
+            assert!(
+                Instant::now() < end,
+                "left behind by the program:\n{}",
+                left.join("\n")
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn left(&self) -> Vec<String> {
+        let mut left = Vec::new();
+        for (pid, line) in self.processes() {
+            // A test's own servers are known by their configuration.
+            if !line.contains("sshd") {
+                left.push(format!("process {pid}: {line}"));
+            }
+        }
+        let servers_own = self.path("store");
+        let mounts = self.mounts().into_iter().filter(|m| *m != servers_own);
+        left.extend(mounts.map(|mount| format!("mount {}", mount.display())));
+        left.extend(self.loops().into_iter().map(|l| format!("loop device {l}")));
+        for entry in fs::read_dir(self.path("run")).into_iter().flatten() {
+            left.push(format!("{:?}", entry.expect("an entry").path()));
+        }
+        left.extend(self.sessions_state());
+        left.extend(orphaned_loops());
+        left
+    }
+
+    /// State of root's sessions that tells of a mount in this sandbox.
+    fn sessions_state(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let sessions = fs::read_dir("/run/e2ebak").into_iter().flatten().flatten();
+        for file in sessions.map(|entry| entry.path().join("state.json")) {
+            let state = fs::read_to_string(&file).unwrap_or_default();
+            if state.contains(&*self.root().to_string_lossy()) {
+                found.push(format!("{file:?}"));
+            }
+        }
+        found
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // Processes first: a mount whose server is dead can always be unmounted.
+        self.kill_processes();
+        for mount in self.mounts() {
+            let _ = tool("umount").arg("-l").arg(mount).output();
+        }
+        for device in self.loops() {
+            let _ = tool("losetup").arg("-d").arg(device).output();
+        }
+    }
+}
+
+pub fn kill(pid: u32, signal: Signal) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// Loop devices of sessions beyond those that running sessions can have. Sessions in private mount
+/// namespaces all have their volume at the same path, so they can be counted and not told apart.
+fn orphaned_loops() -> Option<String> {
+    let loops = fs::read_dir("/sys/block").expect("/sys/block").flatten();
+    let backing = loops.map(|entry| fs::read_to_string(entry.path().join("loop/backing_file")));
+    let loops = backing
+        .flatten()
+        .filter(|path| path.starts_with("/run/e2ebak/"))
+        .count();
+    let processes = fs::read_dir("/proc").expect("/proc").flatten();
+    let lines = processes.map(|entry| fs::read(entry.path().join("cmdline")).unwrap_or_default());
+    let verb = |line: &Vec<u8>| line.split(|b| *b == 0).nth(1) == Some(b"session-process");
+    let sessions = lines.filter(verb).count();
+    (loops > sessions).then(|| format!("{loops} loop devices of {sessions} running sessions"))
+}
+
+/// Whether the process is gone, or a zombie that nobody has reaped yet.
+fn is_dead(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit(") ")
+        .next()
+        .and_then(|rest| rest.chars().next());
+    state.is_none_or(|state| state == 'Z' || state == 'X')
+}
+
+/// The process and all that descend from it, children first.
+pub fn with_descendants(pid: u32) -> Vec<u32> {
+    let mut parents = Vec::new();
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(child) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let parent = stat.rsplit(") ").next().and_then(|r| r.split(' ').nth(1));
+        if let Some(parent) = parent.and_then(|p| p.parse::<u32>().ok()) {
+            parents.push((child, parent));
+        }
+    }
+    let mut family = vec![pid];
+    let mut next = 0;
+    while next < family.len() {
+        let parent = family[next];
+        family.extend(parents.iter().filter(|(_, p)| *p == parent).map(|(c, _)| c));
+        next += 1;
+    }
+    family.reverse();
+    family
+}

@@ -1,0 +1,166 @@
+//! An ordinary user, with fuse2fs in a user and mount namespace. Where /dev/fuse is root's alone,
+//! the test gives this user one of its own in a private mount namespace.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use common::{
+    PASSPHRASE, Place, Program, Sandbox, assert_same_tree, have, output, plain_tree, private_shell,
+    root_or_skip, run, tool, tool_or_skip,
+};
+
+/// An account that need not exist.
+const UID: u32 = 1234;
+
+const OWN_FUSE: &str = "mount -t tmpfs -o dev none \"$1\"; mknod -m 666 \"$1/fuse\" c 10 229
+    mount --bind \"$1/fuse\" /dev/fuse";
+
+fn possible() -> bool {
+    if !root_or_skip() || !tool_or_skip("fuse2fs") {
+        return false;
+    }
+    let mut try_it = tool("setpriv");
+    try_it.args(["--reuid=1234", "--regid=1234", "--clear-groups"]);
+    try_it.args(["unshare", "--user", "--map-root-user", "--mount", "true"]);
+    have(
+        output(&mut try_it).status.success(),
+        "user namespaces for everybody",
+    )
+}
+
+fn own(path: &Path) {
+    run(tool("chown")
+        .arg("-R")
+        .arg(format!("{UID}:{UID}"))
+        .arg(path));
+}
+
+fn as_user<'a>(program: Program<'a>, sandbox: &Sandbox) -> Program<'a> {
+    program.after(OWN_FUSE, &[&sandbox.dir("dev")]).by_user(UID)
+}
+
+#[test]
+fn an_ordinary_user_backs_up_and_restores() {
+    if !possible() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    sandbox.open_to(UID);
+    let place = Place::piped(&sandbox);
+    let source = sandbox.dir("source");
+    plain_tree(&source, 40);
+    run(tool("ln")
+        .arg(source.join("00/00/0.txt"))
+        .arg(source.join("a hard link")));
+    run(tool("setfattr")
+        .args(["-n", "user.comment", "-v", "value"])
+        .arg(source.join("00/00/0.txt")));
+    own(&source);
+
+    as_user(place.init("10G"), &sandbox).ok();
+    for expected in 1..=2 {
+        as_user(place.backup(&source), &sandbox).ok();
+        let listed = as_user(place.program("snapshots").arg("--json"), &sandbox)
+            .ok()
+            .json();
+        assert_eq!(listed.as_array().map(Vec::len), Some(expected), "{listed}");
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+    }
+    assert_eq!(place.snapshots()[1]["new_bytes"].as_u64(), Some(0));
+    let restored = sandbox.path("restored");
+    fs::create_dir(&restored).expect("a directory");
+    own(&restored);
+    let what = format!("latest:{}", source.display());
+    as_user(place.restore(&what, &restored.join("source")), &sandbox).ok();
+    assert_same_tree(&source, &restored.join("source"));
+    place.assert_closed();
+}
+
+#[test]
+fn a_file_that_may_not_be_read_makes_exit_3_and_is_listed() {
+    if !possible() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    sandbox.open_to(UID);
+    let place = Place::local(&sandbox);
+    let source = sandbox.dir("source");
+    plain_tree(&source, 5);
+    own(&source);
+    let secret = source.join("somebody else's");
+    fs::write(&secret, "secret").expect("a file");
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).expect("a mode");
+    as_user(place.init("10G"), &sandbox).ok();
+    as_user(place.backup(&source), &sandbox)
+        .run()
+        .code(3)
+        .says("somebody else's");
+    // Published all the same.
+    assert_eq!(place.ids().len(), 1);
+    place.assert_closed();
+}
+
+/// `mount` serves a filesystem that the user's own processes see, from within one namespace.
+#[test]
+fn an_ordinary_user_mounts_and_unmounts() {
+    if !possible() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    sandbox.open_to(UID);
+    let place = Place::local(&sandbox);
+    as_user(place.init("10G"), &sandbox).ok();
+    let mounted = sandbox.dir("mnt");
+    own(&mounted);
+    let script = format!(
+        "{OWN_FUSE}
+        cd \"$2\"
+        exec setpriv --reuid={UID} --regid={UID} --clear-groups env -i PATH=/usr/sbin:/usr/bin \
+            HOME=\"$2/home\" XDG_RUNTIME_DIR=\"$2/run\" TMPDIR=\"$2/tmp\" E2EBAK_PASSPHRASE='{PASSPHRASE}' \
+            sh -euc '
+                ./e2ebak mount store/a.img mnt
+                echo hello > mnt/file
+                test \"$(cat mnt/file)\" = hello
+                ./e2ebak umount mnt
+                test ! -e mnt/file
+                ./e2ebak mount --read-only store/a.img mnt
+                test \"$(cat mnt/file)\" = hello
+                ./e2ebak umount mnt
+            '"
+    );
+    let mut command = private_shell(&script);
+    run(command
+        .arg("sh")
+        .arg(sandbox.dir("dev"))
+        .arg(sandbox.root()));
+    place.assert_closed();
+}
+
+/// What needs neither root nor FUSE works without both.
+#[test]
+fn looking_and_restoring_need_neither_root_nor_fuse() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    sandbox.open_to(UID);
+    let place = Place::local(&sandbox);
+    let source = sandbox.dir("source");
+    plain_tree(&source, 5);
+    own(&source);
+    let plain = |program: Program<'_>| {
+        let program = program.after("mount --bind /dev/null /dev/fuse", &[]);
+        program.by_user(UID).ok()
+    };
+    plain(place.init("10G"));
+    place.backup(&source).ok();
+    plain(place.program("snapshots"));
+    plain(place.program("info"));
+    let what = format!("latest:{}", source.display());
+    plain(place.restore(&what, &sandbox.path("tmp/restored")));
+    assert_same_tree(&source, &sandbox.path("tmp/restored"));
+    place.assert_closed();
+}
