@@ -59,8 +59,7 @@ pub struct SshDial {
 
 impl SshDial {
     pub fn new(server: Server, options: SshOptions) -> Self {
-        // ssh asks on the controlling terminal, wherever its input and output go.
-        let asks = !options.batch && File::open("/dev/tty").is_ok();
+        let asks = !options.batch && can_ask();
         SshDial {
             server,
             options,
@@ -159,6 +158,13 @@ impl SshDial {
         debug!(?ciphers, "asked ssh for its configuration");
         ciphers.map(String::from)
     }
+}
+
+/// ssh asks on the controlling terminal, wherever its input and output go. In the background it
+/// would be stopped there until somebody noticed.
+fn can_ask() -> bool {
+    let ours = rustix::process::getpgrp();
+    File::open("/dev/tty").is_ok_and(|tty| rustix::termios::tcgetpgrp(&tty) == Ok(ours))
 }
 
 fn has_aes() -> bool {

@@ -585,6 +585,45 @@ fn the_users_own_ssh_options_win() {
     place("BatchMode=yes");
 }
 
+/// Not a test: the body of a process with or without a terminal.
+#[test]
+#[ignore = "started by another test"]
+fn a_process_that_would_dial() {
+    let server = Server {
+        user: None,
+        host: "nas".into(),
+        port: None,
+    };
+    println!("{:?}", SshDial::new(server, SshOptions::default()).argv());
+}
+
+#[test]
+fn ssh_may_ask_only_on_a_terminal_in_the_foreground() {
+    if need("script", &[]).is_none() || need("setsid", &[]).is_none() {
+        return;
+    }
+    let exe = std::env::current_exe().expect("known");
+    let body = format!(
+        "{} link::a_process_that_would_dial --exact --ignored --nocapture",
+        exe.display()
+    );
+    let argv = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("ConnectTimeout"), "{text}");
+        text
+    };
+    let asks = |text: String| !text.contains("BatchMode=yes");
+    assert!(asks(argv("script", &["-qec", &body, "/dev/null"])));
+    let behind = format!("set -m; {body} & wait");
+    assert!(!asks(argv("script", &["-qec", &behind, "/dev/null"])));
+    assert!(!asks(argv("setsid", &["-w", "sh", "-c", &body])));
+}
+
 #[test]
 fn the_cheapest_cipher_is_asked_for_unless_somebody_has_an_opinion() {
     if need("ssh", &[]).is_none()
