@@ -161,7 +161,8 @@ pub fn create(
         check()?;
         write_header(&*image, &formatted)
     };
-    if let Err(error) = fill() {
+    // A signal reaches mkfs as well, so how that failed is not what matters then.
+    if let Err(error) = fill().map_err(|error| check().err().unwrap_or(error)) {
         store
             .remove()
             .inspect_err(|e| tracing::warn!("cannot remove the unfinished image: {}", e.report()))

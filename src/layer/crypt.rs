@@ -8,17 +8,19 @@
 //! The layer keeps no state, so requests run side by side. It serves whole sectors only; what
 //! needs parts of them sits above a cache.
 
-use std::cell::Cell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::{Caps, Device, check_range};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::xts::{Key, NotWholeSectors, SectorSize, Tweak};
 
-/// Ciphertext that one thread holds while it writes. Longer writes go down in pieces of this many
+/// Ciphertext that one write holds. Longer writes go down in pieces of this many
 /// bytes, a multiple of every sector size and long enough for several processors.
 const SCRATCH_MAX: usize = 4 << 20;
+/// So many buffers are kept, of at most so many bytes: 16 MiB, what the cache has in flight.
+const SCRATCHES_KEPT: usize = 16;
+const SCRATCH_KEPT_MAX: usize = 1 << 20;
 
 /// A LUKS2 segment of type `crypt`: where the ciphertext lies and how its sectors are numbered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub struct Crypt {
     key: Key,
     segment: Segment,
     alignment: u32,
+    /// Buffers that were used before: fresh pages would cost as much as encrypting.
+    scratch: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Crypt {
@@ -70,7 +74,23 @@ impl Crypt {
             key,
             segment,
             alignment,
+            scratch: Mutex::new(Vec::new()),
         })
+    }
+
+    /// Lends a buffer of `len` bytes with any content.
+    fn with_scratch<T>(&self, len: usize, use_it: impl FnOnce(&mut [u8]) -> T) -> T {
+        let pool = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = pool().pop().unwrap_or_default();
+        if scratch.len() < len {
+            scratch.resize(len, 0);
+        }
+        let outcome = use_it(&mut scratch[..len]);
+        let mut pool = pool();
+        if pool.len() < SCRATCHES_KEPT && scratch.len() <= SCRATCH_KEPT_MAX {
+            pool.push(scratch);
+        }
+        outcome
     }
 
     fn tweak(&self, offset: u64) -> Tweak {
@@ -131,7 +151,7 @@ impl Device for Crypt {
         check_range(self.caps(), self.size(), offset, data.len())?;
         let mut at = offset;
         for piece in data.chunks(SCRATCH_MAX) {
-            with_scratch(piece.len(), |ciphertext| {
+            self.with_scratch(piece.len(), |ciphertext| {
                 self.key.encrypt_into(
                     self.segment.sector_size,
                     self.tweak(at),
@@ -185,21 +205,6 @@ fn is_zero(sector: &[u8]) -> bool {
     let (lines, rest) = sector.as_chunks::<128>();
     let all_zero = |bytes: &[u8]| bytes.iter().fold(0, |bits, byte| bits | byte) == 0;
     lines.iter().all(|line| all_zero(line)) && all_zero(rest)
-}
-
-/// Lends a buffer that the thread keeps, because fresh pages would cost as much as encrypting.
-fn with_scratch<T>(len: usize, use_it: impl FnOnce(&mut [u8]) -> T) -> T {
-    thread_local! {
-        static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
-    }
-    // Taken, not borrowed: the device below may be a `Crypt` again.
-    let mut scratch = SCRATCH.take();
-    if scratch.len() < len {
-        scratch.resize(len, 0);
-    }
-    let outcome = use_it(&mut scratch[..len]);
-    SCRATCH.set(scratch);
-    outcome
 }
 
 #[cfg(test)]

@@ -65,6 +65,8 @@ impl Session {
                 command.env_remove(name);
             }
         }
+        // Dozens of threads that each move a megabyte now and then need no arena each.
+        command.env("MALLOC_ARENA_MAX", "2");
         command.env("E2EBAK_LOG", format!("e2ebak={}", LevelFilter::current()));
         command
             .arg(VERB)

@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use super::wire::{Order, Report, Status, receive, send};
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::host::runtime_directory;
+use crate::host::{mount, mount_table, runtime_directory};
 use crate::progress::{Event, Monitor, Progress};
 
 const STATE: &str = "state.json";
 const CONTROL: &str = "control";
+/// Where the volume's FUSE file is, below a session's directory.
+pub(super) const FUSE: &str = "fuse";
 
 /// A session that serves a public mountpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -80,9 +82,15 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
         return Err(error.hint("give the directory that `e2ebak mount` was given"));
     };
     let control = control_path(&session);
-    let mut stream = UnixStream::connect(&control)
-        .attempt(|| format!("talk to the session that serves {}", wanted.display()))
-        .map_err(|e| e.hint("its process is gone; umount(8) frees the mountpoint"))?;
+    let mut stream = match UnixStream::connect(&control) {
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            clear_away(&session, &wanted, monitor)?;
+            return Ok(Status::default());
+        }
+        other => {
+            other.attempt(|| format!("talk to the session that serves {}", wanted.display()))?
+        }
+    };
     send(&mut stream, &Order::Close)?;
     loop {
         match receive::<Report>(&mut stream)? {
@@ -104,6 +112,21 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
             }
         }
     }
+}
+
+/// Frees a mountpoint whose session was killed. Nothing that a mount of a dead session is asked
+/// for ever comes, so both go out of sight without being asked.
+fn clear_away(session: &Path, mountpoint: &Path, monitor: &dyn Monitor) -> Result<()> {
+    for place in [mountpoint.to_path_buf(), session.join(FUSE)] {
+        if mount_table::topmost(&place)?.is_some() {
+            mount::unmount_lazily(&place)?;
+        }
+    }
+    fs::remove_dir_all(session).attempt(|| format!("remove {}", session.display()))?;
+    monitor.report(Event::Warning(
+        "the process that served this mount was gone; what it had not yet synced is lost".into(),
+    ));
+    Ok(())
 }
 
 /// The absolute path, its parent resolved; the mountpoint itself is never looked at.

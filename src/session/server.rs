@@ -30,6 +30,10 @@ use crate::secret::Secret;
 const STATUS_EVERY: Duration = Duration::from_millis(250);
 /// How often somebody else's lease is looked at again while waiting.
 const LEASE_POLL: Duration = Duration::from_secs(5);
+/// How long a lease is waited for in any case: the session that a plain umount(8) has just ended
+/// needs a moment to release it.
+const LEASE_PATIENCE: Duration = Duration::from_secs(3);
+const LEASE_PATIENCE_POLL: Duration = Duration::from_millis(200);
 /// How often our own lease is renewed.
 const LEASE_RENEWAL: Duration = Duration::from_secs(60);
 /// A listener that does not take a report within this is dropped.
@@ -176,7 +180,8 @@ impl Server {
             }
             return Ok(None);
         }
-        let deadline = Instant::now() + self.plan.wait;
+        let start = Instant::now();
+        let deadline = start + self.plan.wait.max(LEASE_PATIENCE);
         let mut waiting = false;
         loop {
             match Lease::take(store.clone(), &location.to_string()) {
@@ -187,14 +192,16 @@ impl Server {
                     return Ok(Some(Arc::new(lease)));
                 }
                 Err(error) if error.kind() == Kind::InUse && Instant::now() < deadline => {
+                    if start.elapsed() < LEASE_PATIENCE {
+                        self.pause(LEASE_PATIENCE_POLL)?;
+                        continue;
+                    }
                     if !waiting {
-                        self.listeners.tell(&Report::Note(format!(
-                            "waiting: {}",
-                            error.chain().join(": ")
-                        )));
+                        let text = format!("waiting: {}", error.chain().join(": "));
+                        self.listeners.tell(&Report::Note(text));
                         waiting = true;
                     }
-                    self.pause(LEASE_POLL.min(deadline - Instant::now()))?;
+                    self.pause(LEASE_POLL.min(deadline.saturating_duration_since(Instant::now())))?;
                 }
                 Err(error) => return Err(error),
             }
@@ -230,6 +237,9 @@ impl Server {
     /// Serves until something ends the session; says how the filesystem is to be unmounted.
     fn serve(&mut self, stage: &Stage, location: &Location) -> Result<Unmounting> {
         stage.watch(self.sender.clone())?;
+        if let Place::Public(_) = self.plan.place {
+            self.announce(stage, location)?;
+        }
         self.listeners
             .tell(&Report::Ready(stage.mounted_at().to_path_buf()));
         let mut detached = false;
@@ -237,7 +247,7 @@ impl Server {
             // OK to unwrap: `self.sender` lives as long as the receiver.
             match self.happenings.recv().unwrap_or(Happening::CommandGone) {
                 Happening::Order(Order::Detach) => {
-                    self.stand_alone(stage, location)?;
+                    self.stand_alone(stage)?;
                     detached = true;
                 }
                 Happening::CommandGone if detached => {}
@@ -248,24 +258,23 @@ impl Server {
                 Happening::Signal => return Ok(Unmounting::Forced),
                 Happening::Order(Order::Abandon) => return Err(interrupted()),
                 Happening::LeaseLost(error) => return Err(error),
-                Happening::Control(stream) => match stage.unmount() {
-                    Ok(()) => {
-                        self.listeners.add(stream);
-                        return Ok(Unmounting::Done);
+                Happening::Control(mut stream) => {
+                    if let Ok(another) = stream.try_clone() {
+                        self.listeners.add(another);
                     }
-                    Err(error) => {
-                        let one = Listeners::default();
-                        one.add(stream);
-                        one.tell(&Report::Failed(Told::from(&error)));
+                    match stage.unmount() {
+                        Ok(()) => return Ok(Unmounting::Done),
+                        // It goes away with this answer, and with it its place among the listeners.
+                        Err(error) => drop(send(&mut stream, &Report::Failed(Told::from(&error)))),
                     }
-                },
+                }
                 Happening::Key(_) | Happening::Order(_) => {}
             }
         }
     }
 
-    /// Becomes a daemon: no terminal, its own log, a control socket, its own signals.
-    fn stand_alone(&self, stage: &Stage, location: &Location) -> Result<()> {
+    /// Lets `e2ebak umount` find this session: a control socket, and a state beside it.
+    fn announce(&self, stage: &Stage, location: &Location) -> Result<()> {
         let state = mounts::Mount {
             mountpoint: stage.mounted_at().to_path_buf(),
             location: location.to_string(),
@@ -279,9 +288,12 @@ impl Server {
         let sender = self.sender.clone();
         start_thread("session-control", move || {
             answer_control(&listener, &sender)
-        })?;
-        let sender = self.sender.clone();
-        start_signals(sender)?;
+        })
+    }
+
+    /// Becomes a daemon: no terminal, its own log, its own signals.
+    fn stand_alone(&self, stage: &Stage) -> Result<()> {
+        start_signals(self.sender.clone())?;
         // It may already lead a session of its own, which is as good.
         let _ = rustix::process::setsid();
         leave_terminal(&stage.directory().join("log"))

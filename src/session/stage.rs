@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
+use super::mounts::FUSE;
 use super::server::{Happening, place};
 use super::wire::{Place, Plan};
 use crate::error::{Attempt, Error, Kind, Result};
@@ -58,10 +59,11 @@ impl Stage {
         };
         let (directory, at) = place(plan)?;
         mount::check_mountpoint(&at)?;
-        let fuse = directory.join("fuse");
+        let fuse = directory.join(FUSE);
         std::fs::create_dir_all(&fuse).attempt(|| format!("create {}", fuse.display()))?;
         let volume = opened.volume;
-        let export = Export::mount(volume.device(), &fuse, export::Options::default())?;
+        let export = Export::mount(volume.device(), &fuse, export::Options::default())
+            .map_err(|e| e.hint("mounting needs root, or the use of /dev/fuse and fuse2fs"))?;
         let below = Below {
             volume,
             export: Arc::new(export),
