@@ -74,7 +74,7 @@ pub fn run(args: Args) -> Result<Ending> {
     }
     host::require("rsync").attempt(doing)?;
     // Before any thread: a user namespace takes only a process that has one.
-    let runtime = host::enter_private().attempt(doing)?;
+    let runtime = session::enter_private().attempt(doing)?;
 
     let clock = Instant::now();
     let (signals, stop) = session::count_signals()?;

@@ -8,7 +8,6 @@ use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::host;
 use crate::restore::{self, MountedTree, Options, Outcome, Overwrite};
 use crate::session::{self, Place, Plan, Session};
 use crate::snapshot::{Catalogue, DIRECTORY, MountedFiles};
@@ -50,7 +49,7 @@ pub fn run(args: Args) -> Result<Ending> {
     let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, false)));
     let doing = || format!("cannot restore {} from {location}", args.what.display());
     // Before any thread: a user namespace takes only a process that has one.
-    let runtime = host::enter_private().attempt(doing)?;
+    let runtime = session::enter_private().attempt(doing)?;
     let (signals, stop) = session::count_signals()?;
     let mut keys = args.key.keys(&location.to_string(), signals.clone())?;
     let plan = Plan {

@@ -13,7 +13,7 @@ use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{getegid, geteuid};
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
@@ -57,12 +57,15 @@ fn make_own(directory: &Path, user: u32) -> Result<()> {
 /// Moves this process into a mount namespace of its own, and gives back the runtime directory,
 /// which is then an empty tmpfs. There is no way back.
 ///
+/// `let_go` are mountpoints that end in the new namespace: what is mounted there would else stay in
+/// use until this process ends, on a host whose mounts are not shared (mount_namespaces(7)).
+///
 /// Call it first of all: the process must still have a single thread, since a namespace belongs to
 /// a thread and other threads would stay outside.
 ///
 /// # Errors
 /// [`Kind::Denied`] when the system does not allow it; [`Kind::Usage`] with other threads running.
-pub fn enter_private() -> Result<PathBuf> {
+pub fn enter_private(let_go: &[PathBuf]) -> Result<PathBuf> {
     let threads = fs::read_dir("/proc/self/task").map(Iterator::count);
     match threads.attempt(|| "count the threads in /proc/self/task")? {
         1 => {}
@@ -83,6 +86,11 @@ pub fn enter_private() -> Result<PathBuf> {
         MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM,
     )
     .attempt(|| "keep new mounts from the host's view")?;
+    for mountpoint in let_go {
+        // One that has ended meanwhile is as good.
+        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        let _ = rustix::mount::unmount(mountpoint, flags);
+    }
     // Room for mountpoints and sockets, and not enough to fill memory by mistake.
     rustix::mount::mount(
         "tmpfs",
@@ -154,7 +162,7 @@ mod tests {
         let namespace = || fs::read_link("/proc/thread-self/ns/mnt").expect("readable");
         let before = namespace();
         // The test harness has a main thread beside this one.
-        assert_eq!(enter_private().unwrap_err().kind(), Kind::Usage);
+        assert_eq!(enter_private(&[]).unwrap_err().kind(), Kind::Usage);
         assert_eq!(namespace(), before);
     }
 }

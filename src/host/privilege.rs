@@ -2,13 +2,18 @@
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use rustix::fs::{major, minor};
 use rustix::process::geteuid;
 use rustix::thread::CapabilitySet;
 use tracing::debug;
 
 use super::tool::{Tool, find};
+
+/// The device number of `/dev/fuse` (Linux, admin-guide/devices.txt).
+const FUSE: (u32, u32) = (10, 229);
 
 /// The way to a mounted filesystem that is open to this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,13 +75,20 @@ fn as_user() -> Result<Means, String> {
 
 fn fuse_opens() -> Result<(), String> {
     match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            Err("there is no /dev/fuse: load the kernel module fuse".into())
+        Ok(file)
+            if file
+                .metadata()
+                .is_ok_and(|about| (major(about.rdev()), minor(about.rdev())) == FUSE) =>
+        {
+            Ok(())
         }
-        Err(error) => Err(format!(
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(format!(
             "mounting needs root: /dev/fuse does not open ({error})"
         )),
+        _ => Err(
+            "mounting needs root and FUSE, and there is no /dev/fuse: load the kernel module fuse"
+                .into(),
+        ),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -57,8 +58,9 @@ impl Session {
         monitor: Arc<dyn Monitor>,
     ) -> Result<Session> {
         let (ours, theirs) = UnixStream::pair().attempt(|| "create a socket pair")?;
-        let program = std::env::current_exe().attempt(|| "find this program's own file")?;
-        let mut command = Command::new(&program);
+        // Not the path: this very file, though it was replaced or is out of sight by now.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("e2ebak");
         // The keys come over the socket; no child needs to see where they come from.
         for (name, _) in std::env::vars_os() {
             if name.as_encoded_bytes().starts_with(b"E2EBAK_PASSPHRASE") {
@@ -80,9 +82,7 @@ impl Session {
                 ..Fate::default()
             },
         );
-        let child = command
-            .spawn()
-            .attempt(|| format!("start the session process {}", program.display()))?;
+        let child = command.spawn().attempt(|| "start the session process")?;
         // The command keeps its copy of the far end no longer than this.
         drop(command);
         let status = Arc::new(Mutex::new(Status::default()));

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::wire::{Order, Report, Status, receive, send};
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::host::{mount, mount_table, runtime_directory};
+use crate::host::{self, mount, mount_table, runtime_directory};
 use crate::progress::{Event, Monitor, Progress};
 
 const STATE: &str = "state.json";
@@ -65,6 +65,18 @@ fn all() -> Result<Vec<(PathBuf, Mount)>> {
         }
     }
     Ok(mounts)
+}
+
+/// Moves this process into a mount namespace of its own, without the public mounts of this user in
+/// it, so that they can be unmounted while it runs. Gives back the runtime directory, empty there.
+///
+/// Call it before any thread is started.
+pub fn enter_private() -> Result<PathBuf> {
+    let mounts = all()?;
+    let places = mounts
+        .into_iter()
+        .flat_map(|(session, mount)| [mount.mountpoint, session.join(FUSE)]);
+    host::enter_private(&places.collect::<Vec<_>>())
 }
 
 /// Has the session behind `mountpoint` unmount, drain, sync and release the lease; returns when
