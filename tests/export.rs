@@ -655,7 +655,7 @@ fn serve(world: &World, user: u32) -> Child {
     // is allowed by this libc, whose allocator is safe after fork.
     unsafe {
         command.pre_exec(|| {
-            namespace::enter_private(&[]).map(drop).map_err(|error| {
+            namespace::enter_private().map(drop).map_err(|error| {
                 eprintln!("{}", error.report());
                 std::io::Error::from(&error)
             })
