@@ -14,7 +14,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
-use rustix::process::{getegid, geteuid};
+use rustix::process::{DumpableBehavior, getegid, geteuid};
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use crate::error::{Attempt, Error, Kind, Result};
@@ -115,10 +115,18 @@ fn enter_user_namespace() -> Result<()> {
     let write = |file: &str, text: String| {
         fs::write(file, text).attempt(|| format!("map user {user} and group {group} in {file}"))
     };
+    // The files below belong to root while this process may not be dumped, as one with secrets.
+    let dumpable = rustix::process::dumpable_behavior();
+    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable);
     // `user_namespaces(7)`: a group map is refused until setgroups is.
-    write("/proc/self/setgroups", "deny".into())?;
-    write("/proc/self/uid_map", format!("{user} {user} 1"))?;
-    write("/proc/self/gid_map", format!("{group} {group} 1"))?;
+    let mapped = write("/proc/self/setgroups", "deny".into())
+        .and_then(|()| write("/proc/self/uid_map", format!("{user} {user} 1")))
+        .and_then(|()| write("/proc/self/gid_map", format!("{group} {group} 1")));
+    if dumpable != Ok(DumpableBehavior::Dumpable) {
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+            .attempt(|| "keep memory out of core dumps")?;
+    }
+    mapped?;
     let keep = || -> rustix::io::Result<()> {
         let mut sets = rustix::thread::capabilities(None)?;
         sets.inheritable |= CapabilitySet::SYS_ADMIN;
