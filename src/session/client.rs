@@ -58,7 +58,8 @@ impl Session {
         monitor: Arc<dyn Monitor>,
     ) -> Result<Session> {
         let (ours, theirs) = UnixStream::pair().attempt(|| "create a socket pair")?;
-        // Not the path: this very file, though it was replaced or is out of sight by now.
+        // Not the path: in a private mount namespace, as under a systemd unit with `PrivateTmp=`, it
+        // may lead nowhere, and an upgrade may have replaced the file.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("e2ebak");
         // The keys come over the socket; no child needs to see where they come from.

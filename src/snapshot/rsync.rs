@@ -22,17 +22,18 @@ pub struct Filters {
 /// The options that make a snapshot a faithful copy: everything `-a` keeps, hard links, ACLs,
 /// extended attributes, owners by number, holes. `--relative` keeps full paths. No temporary
 /// `--inplace`: a file may be a hard link into a published snapshot.
-///
-/// Without `--modify-window=-1` rsync compares times by the second, and takes a change that keeps
-/// the size and follows within one for no change.
-const FAITHFUL: [&str; 6] = [
+const FAITHFUL: [&str; 5] = [
     "-aHAX",
-    "--modify-window=-1",
     "--sparse",
     "--numeric-ids",
     "--relative",
     "--delete",
 ];
+
+/// By default rsync compares times by the second, and takes a change that keeps the size and follows
+/// within one for no change. Only for a filesystem that keeps nanoseconds: on another one, such as
+/// what fuse2fs shows, every file would have changed.
+pub const BY_THE_NANOSECOND: &str = "--modify-window=-1";
 
 /// Plain digits, progress as lines, the sums at the end.
 const TALKATIVE: [&str; 3] = [

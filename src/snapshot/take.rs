@@ -8,7 +8,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -16,9 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 
 use super::record::VERSION;
-use super::rsync::{Account, Filters, Verdict, arguments, verdict};
+use super::rsync::{Account, BY_THE_NANOSECOND, Filters, Verdict, arguments, verdict};
 use super::{
     Catalogue, DIRECTORY, INFLIGHT, Id, LATEST, MountedFiles, RECORD, Record, Sources, caches,
 };
@@ -152,6 +153,23 @@ fn new_id(catalogue: &Catalogue, now: Timestamp, monitor: &dyn Monitor) -> Id {
     }
 }
 
+/// Whether the filesystem of this fresh directory stores times by the nanosecond.
+fn keeps_nanoseconds(directory: &Path) -> Result<bool> {
+    let time = Timespec {
+        tv_sec: 1_000_000_000,
+        tv_nsec: 1,
+    };
+    let both = Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
+    let set = utimensat(CWD, directory, &both, AtFlags::empty());
+    set.attempt(|| format!("set the time of {}", directory.display()))?;
+    let metadata =
+        fs::metadata(directory).attempt(|| format!("look at {}", directory.display()))?;
+    Ok(metadata.mtime_nsec() == 1)
+}
+
 /// Runs rsync to its end. An error means: do not publish.
 fn copy(
     job: &Job,
@@ -176,7 +194,7 @@ fn copy(
         true => caches::find(job.sources.paths(), job.filters.one_file_system),
         false => Vec::new(),
     };
-    let args = arguments(
+    let mut args = arguments(
         job.sources.paths(),
         job.filters,
         job.leave_out,
@@ -184,6 +202,9 @@ fn copy(
         &link_from,
         inflight,
     );
+    if keeps_nanoseconds(inflight)? {
+        args.insert(0, BY_THE_NANOSECOND.into());
+    }
 
     job.monitor.report(Event::Phase("copy"));
     let account = Mutex::new(Account::default());

@@ -116,19 +116,13 @@ fn a_mountpoint_that_cannot_be_one_is_refused() {
     place.assert_closed();
 }
 
-/// A PATH on which one program is missing.
-fn path_without(sandbox: &Sandbox, missing: &str) -> PathBuf {
-    let bin = sandbox.dir(&format!("without-{missing}"));
-    for dir in ["/usr/bin", "/usr/sbin", "/bin", "/sbin"] {
-        for entry in fs::read_dir(dir).expect("a directory").flatten() {
-            if entry.file_name().to_string_lossy().starts_with(missing) {
-                continue;
-            }
-            let _ = symlink(entry.path(), bin.join(entry.file_name()));
-        }
-    }
-    bin
-}
+/// Hides a program, with `$1` an empty directory and `$2` a pattern of names, from all the places
+/// where it may be looked for.
+const HIDE: &str = "mount -t tmpfs none \"$1\"; d=$1; p=$2; for b in /usr/bin /usr/sbin; do
+        mkdir -p \"$d$b/upper\" \"$d$b/work\"
+        mount -t overlay -o \"lowerdir=$b,upperdir=$d$b/upper,workdir=$d$b/work\" none $b
+    done
+    rm -f /usr/bin/$p /usr/sbin/$p";
 
 #[test]
 fn a_missing_program_names_its_debian_package() {
@@ -138,30 +132,31 @@ fn a_missing_program_names_its_debian_package() {
     let sandbox = Sandbox::new();
     let place = Place::local(&sandbox);
     let source = sandbox.dir("source");
-    let init = place.init("1G").env("PATH", path_without(&sandbox, "mk"));
-    init.run().code(1).says("e2fsprogs");
+    let empty = sandbox.dir("empty");
+    let without = |program: Program<'_>, names: &str| {
+        let ran = program.after(HIDE, &[&empty, Path::new(names)]).run();
+        place.assert_closed();
+        ran
+    };
+    let ran = without(place.init("1G"), "mk*fs*");
+    ran.code(1).says("e2fsprogs");
     assert!(
         !place.stored.exists(),
         "an image without a filesystem was left"
     );
     place.init("1G").ok();
-    for (missing, package) in [("rsync", "rsync"), ("losetup", "mount"), ("mount", "mount")] {
-        let program = place
-            .backup(&source)
-            .env("PATH", path_without(&sandbox, missing));
-        let ran = program.run();
-        // It may do the work of losetup(8) and mount(8) by itself.
-        if missing == "rsync" || !ran.status.success() {
-            ran.code(1).says(package).says("apt");
-        }
-        place.assert_closed();
-    }
-    let remote = Program::new(&sandbox, "snapshots").arg("nas:a.img");
-    remote
-        .env("PATH", path_without(&sandbox, "ssh"))
-        .run()
+    without(place.backup(&source), "rsync")
         .code(1)
-        .says("openssh-client");
+        .says("package rsync");
+    let ran = without(place.backup(&source), "mount");
+    ran.code(1).says("package mount");
+    let ran = without(place.backup(&source), "losetup");
+    // mount(8) makes loop devices without it.
+    if ran.status.code() != Some(0) {
+        ran.code(1).says("package mount");
+    }
+    let remote = || Program::new(&sandbox, "snapshots").arg("nas:a.img");
+    without(remote(), "ssh").code(1).says("openssh-client");
 }
 
 /// An rsync that does its work and then ends with another exit code.
@@ -260,9 +255,7 @@ fn without_root_or_fuse_the_need_is_said() {
     place.init("1G").ok();
     sandbox.open_to(65_534);
     let program = place.backup(&sandbox.dir("source"));
-    let program = program
-        .after("mount --bind /dev/null /dev/fuse", &[])
-        .by_user(65_534);
+    let program = program.after(common::NO_FUSE, &[]).by_user(65_534);
     let ran = program.run().code(1).says("root");
     assert_eq!(ran.stderr.matches("error:").count(), 1, "{ran}");
     place.assert_closed();

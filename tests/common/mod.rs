@@ -99,6 +99,10 @@ pub fn private_shell(script: &str) -> Command {
     command
 }
 
+/// A script that leaves an ordinary user without a /dev/fuse.
+pub const NO_FUSE: &str = "mount -t tmpfs none /mnt; touch /mnt/fuse; chmod 0 /mnt/fuse
+    mount --bind /mnt/fuse /dev/fuse; umount /mnt";
+
 /// Waits until `done` holds; fails naming `what` when it has not after `bound`.
 pub fn wait_for(what: &str, bound: Duration, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + bound;

@@ -93,6 +93,10 @@ impl Sandbox {
         for (pid, _) in self.processes() {
             kill(pid, Signal::KILL);
         }
+        let end = Instant::now() + Duration::from_secs(5);
+        while processes.iter().any(|(pid, _)| !is_dead(*pid)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Mountpoints below this sandbox in the test's own namespace, innermost first.
