@@ -43,14 +43,15 @@ impl Tuned {
         if let Err(error) = direct.deaf().run() {
             debug!(error = error.report(), "the loop device stays buffered");
         }
-        let read_ahead_kib = get(device, "queue/read_ahead_kb");
+        let before = get(device, "queue/read_ahead_kb");
         set(device, "bdi/max_bytes", DIRTY_MAX_BYTES);
         // Else the bound holds only when the whole machine is short of clean memory.
         set(device, "bdi/strict_limit", 1);
         set(device, "queue/read_ahead_kb", READ_AHEAD_KIB);
         Tuned {
             device: device.to_path_buf(),
-            read_ahead_kib,
+            // Ours already: a killed session has left it.
+            read_ahead_kib: before.filter(|kib| *kib != READ_AHEAD_KIB),
         }
     }
 
@@ -59,9 +60,8 @@ impl Tuned {
     pub fn reset(&self) {
         set(&self.device, "bdi/strict_limit", 0);
         set(&self.device, "bdi/max_ratio", 100);
-        if let Some(before) = self.read_ahead_kib {
-            set(&self.device, "queue/read_ahead_kb", before);
-        }
+        let read_ahead_kib = self.read_ahead_kib.unwrap_or(128);
+        set(&self.device, "queue/read_ahead_kb", read_ahead_kib);
     }
 }
 

@@ -15,7 +15,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
@@ -164,8 +164,8 @@ fn mount_by_fuse2fs(file: &Path, at: &Path, read_only: bool) -> Result<Mounted> 
     let mut said = File::from(said);
     let mut child = tool
         .command()?
-        .stdout(Stdio::null())
-        .stderr(said.try_clone().attempt(|| "share a file in memory")?)
+        .stdout(share(&said)?)
+        .stderr(share(&said)?)
         .spawn()
         .attempt(|| "start fuse2fs")?;
     match wait_for_mount(&mut child, at) {
@@ -180,9 +180,16 @@ fn mount_by_fuse2fs(file: &Path, at: &Path, read_only: bool) -> Result<Mounted> 
             let _ = child.wait();
             let mut words = String::new();
             let _ = said.rewind().and_then(|()| said.read_to_string(&mut words));
-            Err(error.because(words.trim()))
+            Err(match words.trim() {
+                "" => error,
+                words => error.because(words),
+            })
         }
     }
+}
+
+fn share(file: &File) -> Result<File> {
+    file.try_clone().attempt(|| "share a file in memory")
 }
 
 /// Repairs what is safe to repair (`e2fsck(8)`: 0 is clean, 1 is repaired).
