@@ -255,7 +255,7 @@ fn in_private(mut command: Command) -> Command {
     // SAFETY: enter_private allocates, which this libc's allocator allows after fork.
     unsafe {
         command.pre_exec(|| {
-            namespace::enter_private().map(drop).map_err(|error| {
+            namespace::enter_private(&[]).map(drop).map_err(|error| {
                 eprintln!("{}", error.report());
                 std::io::Error::from(&error)
             })

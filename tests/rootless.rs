@@ -15,8 +15,10 @@ use common::{
 /// An account that need not exist.
 const UID: u32 = 1234;
 
+/// A /dev/fuse and an account: sftp-server and fusermount3 want to know the user's name.
 const OWN_FUSE: &str = "mount -t tmpfs -o dev none \"$1\"; mknod -m 666 \"$1/fuse\" c 10 229
-    mount --bind \"$1/fuse\" /dev/fuse";
+    mount --bind \"$1/fuse\" /dev/fuse; cp /etc/passwd \"$1/passwd\"
+    echo tester:x:1234:1234::/tmp:/bin/sh >> \"$1/passwd\"; mount --bind \"$1/passwd\" /etc/passwd";
 
 fn possible() -> bool {
     if !root_or_skip() || !tool_or_skip("fuse2fs") {

@@ -1,6 +1,8 @@
 //! A temporary directory that everything of one test lives in, and that takes everything with it:
 //! processes, mounts and loop devices are found by its path.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
@@ -10,10 +12,13 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::tool;
+use super::{private_shell, tool};
 
 pub struct Sandbox {
     dir: TempDir,
+    /// FUSE connections of processes that were killed. One that outlives its server stops every
+    /// user of loop devices on this machine, and so is aborted at the end.
+    connections: RefCell<BTreeSet<u32>>,
 }
 
 impl Sandbox {
@@ -22,7 +27,8 @@ impl Sandbox {
             .prefix("e2ebak-test-")
             .tempdir()
             .expect("a temporary directory");
-        let sandbox = Sandbox { dir };
+        let connections = RefCell::default();
+        let sandbox = Sandbox { dir, connections };
         for name in ["home", "run", "tmp"] {
             fs::create_dir(sandbox.path(name)).expect("a directory");
         }
@@ -88,10 +94,15 @@ impl Sandbox {
         found
     }
 
-    /// SIGKILL to every one of them: the machine's bad day.
+    /// SIGKILL to every one of them, in the order in which they were started: a session's process
+    /// then dies after the command that shares its mount namespace.
     pub fn kill_processes(&self) {
-        for (pid, _) in self.processes() {
-            kill(pid, Signal::KILL);
+        let processes = self.processes();
+        for (pid, _) in &processes {
+            self.connections.borrow_mut().extend(fuse_connections(*pid));
+        }
+        for (pid, _) in &processes {
+            kill(*pid, Signal::KILL);
         }
         let end = Instant::now() + Duration::from_secs(5);
         while processes.iter().any(|(pid, _)| !is_dead(*pid)) && Instant::now() < end {
@@ -154,22 +165,26 @@ impl Sandbox {
         let mounts = self.mounts().into_iter().filter(|m| *m != servers_own);
         left.extend(mounts.map(|mount| format!("mount {}", mount.display())));
         left.extend(self.loops().into_iter().map(|l| format!("loop device {l}")));
-        for entry in fs::read_dir(self.path("run")).into_iter().flatten() {
+        for entry in fs::read_dir(self.path("run/e2ebak")).into_iter().flatten() {
             left.push(format!("{:?}", entry.expect("an entry").path()));
         }
-        left.extend(self.sessions_state());
+        let connections = self.connections.borrow();
+        let stuck = stuck_connections(&connections, false);
+        left.extend(stuck.iter().map(|c| format!("FUSE connection {c}")));
+        let states = self.sessions_state().into_iter();
+        left.extend(states.map(|file| format!("{file:?}")));
         left.extend(orphaned_loops());
         left
     }
 
     /// State of root's sessions that tells of a mount in this sandbox.
-    fn sessions_state(&self) -> Vec<String> {
+    fn sessions_state(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let sessions = fs::read_dir("/run/e2ebak").into_iter().flatten().flatten();
         for file in sessions.map(|entry| entry.path().join("state.json")) {
             let state = fs::read_to_string(&file).unwrap_or_default();
             if state.contains(&*self.root().to_string_lossy()) {
-                found.push(format!("{file:?}"));
+                found.push(file);
             }
         }
         found
@@ -180,8 +195,21 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         // Processes first: a mount whose server is dead can always be unmounted.
         self.kill_processes();
+        if !self.connections.borrow().is_empty() {
+            // Most end with their servers, a little later.
+            std::thread::sleep(Duration::from_millis(200));
+            stuck_connections(&self.connections.borrow(), true);
+        }
         for mount in self.mounts() {
             let _ = tool("umount").arg("-l").arg(mount).output();
+        }
+        for session in self
+            .sessions_state()
+            .iter()
+            .filter_map(|file| file.parent())
+        {
+            let _ = tool("umount").arg("-l").arg(session.join("fuse")).output();
+            let _ = fs::remove_dir_all(session);
         }
         for device in self.loops() {
             let _ = tool("losetup").arg("-d").arg(device).output();
@@ -193,6 +221,37 @@ pub fn kill(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
     }
+}
+
+/// The FUSE connections that a process serves.
+fn fuse_connections(pid: u32) -> Vec<u32> {
+    let infos = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter();
+    let mut found = Vec::new();
+    for info in infos.flatten().flatten() {
+        let text = fs::read_to_string(info.path()).unwrap_or_default();
+        let number = text
+            .lines()
+            .find_map(|l| l.strip_prefix("fuse_connection:"));
+        found.extend(number.and_then(|n| n.trim().parse::<u32>().ok()));
+    }
+    found
+}
+
+/// Those of the connections that still exist; aborted, if so told.
+fn stuck_connections(connections: &BTreeSet<u32>, abort: bool) -> Vec<String> {
+    if connections.is_empty() {
+        return Vec::new();
+    }
+    let script = "mount -t fusectl none /sys/fs/fuse/connections; cd /sys/fs/fuse/connections
+        for c; do test ! -e $c || { echo $c; $abort; }; done";
+    let then = if abort { "echo 1 > $c/abort" } else { "true" };
+    let script = script.replace("$abort", then);
+    let mut command = private_shell(&script);
+    command.arg("sh");
+    command.args(connections.iter().map(u32::to_string));
+    let told = command.output().map(|output| output.stdout);
+    let told = String::from_utf8_lossy(&told.unwrap_or_default()).into_owned();
+    told.lines().map(String::from).collect()
 }
 
 /// Loop devices of sessions beyond those that running sessions can have. Sessions in private mount
