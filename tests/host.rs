@@ -282,7 +282,6 @@ fn mounts_in_a_private_namespace_are_seen_by_nobody_and_those_of_the_host_go() {
     command.arg(rustix::thread::gettid().as_raw_nonzero().to_string());
     assert_eq!(printed(command), "tmpfs\n700\n0\n");
     assert!(!at.join("here").exists());
-    assert!(fs::read_dir("/run/e2ebak").is_ok_and(|mut entries| entries.next().is_none()) || true);
 }
 
 #[test]

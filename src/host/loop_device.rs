@@ -1,13 +1,13 @@
 //! Settings of the loop device between a volume file and its filesystem.
 //!
-//! Measured on a device that writes 40 MB/s, 10 s of `dd` into ext4, then `sync`:
+//! Measured on a device that writes 40 MB/s: `dd` into ext4, SIGINT after 10 s, then `sync`.
 //!
-//! | dirty pages | written meanwhile | `sync` after it |
-//! |---|---|---|
-//! | as the kernel has it (4.9 GB here; a fast device, before writeback set in) | 1,200 MB | 5.2 s, for what a slow link would take 4 min |
-//! | 128 MiB | 439 MB | 2.3 s |
-//! | 64 MiB | 351 MB | 1.2 s |
-//! | 32 MiB | 350 MB | 0.8 s |
+//! | dirty pages | `dd` ended after | written | then `sync` |
+//! |---|---|---|---|
+//! | as the kernel has it | 61 s | 2,073 MB | 1.3 s |
+//! | 128 MiB | 10 s | 444 MB | 2.4 s |
+//! | 64 MiB | 10 s | 392 MB | 1.0 s |
+//! | 32 MiB | 10 s | 388 MB | 0.5 s |
 //!
 //! With 50 ms for every request instead, 32 / 64 / 128 MiB write 52 / 78-95 / 102 MB/s, and reads
 //! with a read-ahead of 128 KiB / 4 MiB / 8 MiB get 37 / 77-103 / 137 MB/s. Write-back throttling
