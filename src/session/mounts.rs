@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use tracing::warn;
+
 use super::wire::{Order, Report, Status, receive, send};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host::{self, mount, mount_table, runtime_directory};
@@ -28,8 +30,32 @@ pub struct Mount {
     pub read_only: bool,
 }
 
+/// Removes the directories of sessions that were killed and have nothing mounted any more.
+fn sweep(runtime: &Path) -> Result<()> {
+    let entries = fs::read_dir(runtime).attempt(|| format!("list {}", runtime.display()))?;
+    for session in entries.flatten().map(|entry| entry.path()) {
+        let pid = session
+            .file_name()
+            .and_then(|name| name.to_str()?.parse::<u32>().ok());
+        let Some(pid) = pid else { continue };
+        let dead = match UnixStream::connect(control_path(&session)) {
+            Ok(_) => false,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => true,
+            // It has none yet, or never had.
+            Err(_) => !Path::new("/proc").join(pid.to_string()).exists(),
+        };
+        if dead && mount_table::topmost(&session.join(FUSE))?.is_none() {
+            fs::remove_dir_all(&session).attempt(|| format!("remove {}", session.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// The directory of one session, removed with it.
 pub(super) fn session_directory(runtime: &Path) -> Result<PathBuf> {
+    if let Err(error) = sweep(runtime) {
+        warn!("{}", error.report());
+    }
     let path = runtime.join(std::process::id().to_string());
     let _ = fs::remove_dir_all(&path);
     DirBuilder::new()
