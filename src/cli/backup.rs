@@ -187,11 +187,11 @@ fn summary(
             Bytes(record.bytes).to_string(),
             Bytes(record.new_bytes)
         );
-        println!(
-            "  sent       {:>12}   in {}",
-            Bytes(status.sent).to_string(),
-            show_duration(duration)
-        );
+        let sent = match location {
+            Location::Local(_) => "-".into(),
+            Location::Sftp(..) => Bytes(status.sent).to_string(),
+        };
+        println!("  sent       {sent:>12}   in {}", show_duration(duration));
         if outcome.vanished > 0 {
             println!(
                 "  note: {} files vanished while they were being copied",

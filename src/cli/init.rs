@@ -5,6 +5,7 @@ use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::image::{self, Creation};
+use crate::location::Location;
 use crate::session;
 use crate::ui::{Style, Terminal};
 use crate::units::Bytes;
@@ -66,11 +67,14 @@ pub fn run(args: Args) -> Result<Ending> {
     terminal.finish();
     let made = made.attempt(|| format!("cannot create {location}"))?;
     if !args.output.quiet {
+        let sent = match location {
+            Location::Local(_) => String::new(),
+            Location::Sftp(..) => format!(", {} sent", Bytes(made.sent)),
+        };
         println!(
-            "created {location}: {} LUKS2 image {}, {} sent",
+            "created {location}: {} LUKS2 image {}{sent}",
             Bytes(args.size.0),
-            made.uuid,
-            Bytes(made.sent)
+            made.uuid
         );
     }
     Ok(Ending::Clean)

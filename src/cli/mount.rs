@@ -6,9 +6,10 @@ use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Kind, Result};
+use crate::host;
 use crate::session::{self, Place, Plan, Session};
 use crate::ui::{Style, Terminal};
-use crate::units::{Bytes, parse_duration};
+use crate::units::parse_duration;
 
 /// Mount an image; `e2ebak umount` or umount(8) ends it
 ///
@@ -46,6 +47,8 @@ pub fn run(args: Args) -> Result<Ending> {
     let mut keys = args.key.keys(&location.to_string(), signals.clone())?;
     let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, false)));
     let start = || {
+        // Before anybody types a passphrase.
+        host::mount::check_mountpoint(&args.mountpoint)?;
         let plan = Plan {
             location: args.image.location.clone(),
             link: args.image.link(),
@@ -68,13 +71,9 @@ pub fn run(args: Args) -> Result<Ending> {
         return Ok(Ending::Clean);
     }
     match session.wait() {
-        Ok(status) => {
+        Ok(_) => {
             if !args.output.quiet {
-                println!(
-                    "unmounted {}, {} sent",
-                    args.mountpoint.display(),
-                    Bytes(status.sent)
-                );
+                println!("unmounted {}", args.mountpoint.display());
             }
             Ok(Ending::Clean)
         }

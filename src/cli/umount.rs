@@ -5,7 +5,6 @@ use crate::cli::args::OutputArgs;
 use crate::error::{Attempt, Result};
 use crate::session;
 use crate::ui::{Style, Terminal};
-use crate::units::Bytes;
 
 /// Unmount what `e2ebak mount` mounted
 ///
@@ -25,13 +24,9 @@ pub fn run(args: Args) -> Result<Ending> {
     let terminal = Terminal::new(Style::choose(args.output.quiet, false));
     let closed = session::close_mount(&args.mountpoint, &terminal);
     terminal.finish();
-    let status = closed.attempt(|| format!("cannot unmount {}", args.mountpoint.display()))?;
+    closed.attempt(|| format!("cannot unmount {}", args.mountpoint.display()))?;
     if !args.output.quiet {
-        println!(
-            "unmounted {}, {} sent",
-            args.mountpoint.display(),
-            Bytes(status.sent)
-        );
+        println!("unmounted {}", args.mountpoint.display());
     }
     Ok(Ending::Clean)
 }

@@ -63,7 +63,10 @@ pub struct Sealed {
 
 /// Opens the image and reads its LUKS2 header.
 pub fn inspect(store: &dyn Store, access: Access) -> Result<Sealed> {
-    let device = store.open(access)?;
+    let device = store.open(access).map_err(|error| match error.kind() {
+        Kind::NoImage => error.hint("`e2ebak init LOCATION --size SIZE` creates an image"),
+        _ => error,
+    })?;
     let mut read = |offset: u64, into: &mut [u8]| device.read_exact_at(into, offset);
     let loaded = luks::load(&mut read, device.size()).attempt(|| "read the LUKS2 header")?;
     Ok(Sealed {

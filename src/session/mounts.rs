@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::wire::{Order, Report, Status, receive, send};
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::host::{self, mount, mount_table, runtime_directory};
+use crate::host::{self, Means, mount, mount_table, runtime_directory};
 use crate::progress::{Event, Monitor, Progress};
 
 const STATE: &str = "state.json";
@@ -44,8 +44,11 @@ fn sweep(runtime: &Path) -> Result<()> {
             // It has none yet, or never had.
             Err(_) => !Path::new("/proc").join(pid.to_string()).exists(),
         };
-        if dead && mount_table::topmost(&session.join(FUSE))?.is_none() {
-            fs::remove_dir_all(&session).attempt(|| format!("remove {}", session.display()))?;
+        let mount = state(&session);
+        let in_use =
+            mount.is_some_and(|m| mount_table::topmost(&m.mountpoint).is_ok_and(|e| e.is_some()));
+        if dead && !in_use {
+            remove(&session)?;
         }
     }
     Ok(())
@@ -85,8 +88,7 @@ fn all() -> Result<Vec<(PathBuf, Mount)>> {
         .attempt(|| format!("list {}", runtime.display()))?
         .flatten()
     {
-        let state = fs::read(entry.path().join(STATE)).ok();
-        if let Some(mount) = state.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+        if let Some(mount) = state(&entry.path()) {
             mounts.push((entry.path(), mount));
         }
     }
@@ -97,7 +99,13 @@ fn all() -> Result<Vec<(PathBuf, Mount)>> {
 /// it, so that they can be unmounted while it runs. Gives back the runtime directory, empty there.
 ///
 /// Call it before any thread is started.
+///
+/// # Errors
+/// [`Kind::Denied`], with what is missing, when nothing can be mounted in it.
 pub fn enter_private() -> Result<PathBuf> {
+    if let Means::None { why } = Means::of_this_process() {
+        return Err(Error::new(Kind::Denied, why));
+    }
     let mounts = all()?;
     let places = mounts
         .into_iter()
@@ -155,16 +163,28 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
 /// Frees a mountpoint whose session was killed. Nothing that a mount of a dead session is asked
 /// for ever comes, so both go out of sight without being asked.
 fn clear_away(session: &Path, mountpoint: &Path, monitor: &dyn Monitor) -> Result<()> {
-    for place in [mountpoint.to_path_buf(), session.join(FUSE)] {
-        if mount_table::topmost(&place)?.is_some() {
-            mount::unmount_lazily(&place)?;
-        }
+    if mount_table::topmost(mountpoint)?.is_some() {
+        mount::unmount_lazily(mountpoint)?;
     }
-    fs::remove_dir_all(session).attempt(|| format!("remove {}", session.display()))?;
+    remove(session)?;
     monitor.report(Event::Warning(
         "the process that served this mount was gone; what it had not yet synced is lost".into(),
     ));
     Ok(())
+}
+
+/// Removes the directory of a session that is dead, and its FUSE mount, which answers nobody.
+fn remove(session: &Path) -> Result<()> {
+    let fuse = session.join(FUSE);
+    if mount_table::topmost(&fuse)?.is_some() {
+        mount::unmount_lazily(&fuse)?;
+    }
+    fs::remove_dir_all(session).attempt(|| format!("remove {}", session.display()))
+}
+
+fn state(session: &Path) -> Option<Mount> {
+    let bytes = fs::read(session.join(STATE)).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// The absolute path, its parent resolved; the mountpoint itself is never looked at.

@@ -56,7 +56,7 @@ impl Terminal {
     pub fn new(style: Style) -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         // OK to unwrap: the template is a constant; a test builds it.
-        let looks = ProgressStyle::with_template("{spinner} {msg}")
+        let looks = ProgressStyle::with_template("{spinner} {wide_msg}")
             .unwrap_or(ProgressStyle::default_spinner());
         bar.set_style(looks);
         let now = Instant::now();
@@ -170,7 +170,7 @@ fn sentence(state: &State) -> String {
         let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
         parts.push(format!("{}/s", Bytes(rate as u64)));
     }
-    if let Some(sent) = p.sent {
+    if let Some(sent) = p.sent.filter(|sent| *sent > 0) {
         parts.push(format!("{} sent", Bytes(sent)));
     }
     if let Some(owed) = p.owed.filter(|owed| *owed > 0) {
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn the_bar_template_is_good() {
-        assert!(ProgressStyle::with_template("{spinner} {msg}").is_ok());
+        assert!(ProgressStyle::with_template("{spinner} {wide_msg}").is_ok());
     }
 
     #[test]
