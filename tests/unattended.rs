@@ -468,7 +468,10 @@ fn the_passphrase_is_in_no_command_line_and_no_child_environment() {
     let place = Place::piped(&sandbox);
     let mounted = sandbox.dir("mnt");
     place.init("1G").ok();
-    place.program("mount").arg(&mounted).ok();
+    // From under a limit that allows core files.
+    let raised = ["sh", "-c", "ulimit -c unlimited; exec \"$@\"", "sh"];
+    let mount = place.program("mount").arg(&mounted);
+    mount.through(raised).ok();
     let mut seen = 0;
     for (pid, line) in sandbox.processes() {
         let environ = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();

@@ -12,7 +12,7 @@ use crate::units::Bytes;
 
 /// Create an image: a sparse file with LUKS2 and an ext4 filesystem inside
 ///
-/// Nothing that exists is ever overwritten. The file is sparse: a 5T image takes a few megabytes
+/// Nothing that exists is ever overwritten. The file is sparse: a 5T image takes less than 64 MiB
 /// on the server until something is backed up into it.
 #[derive(clap::Args)]
 pub struct Args {

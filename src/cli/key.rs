@@ -22,7 +22,6 @@ const KEY_MAX: u64 = 8 << 20;
 const TRIES_MAX: u32 = 3;
 
 #[derive(Args, Clone)]
-#[group(multiple = false)]
 pub struct KeyArgs {
     /// Read the key from this file, every byte of it, as `cryptsetup --key-file` (`-`: standard input)
     #[arg(long, value_name = "FILE", help_heading = "Key")]

@@ -71,6 +71,7 @@ pub fn main() -> ExitCode {
         }
     };
     start_log(cli.verbose);
+    keep_memory_from_disk();
     if let Verb::SessionProcess = cli.verb {
         return session::serve();
     }
@@ -98,17 +99,29 @@ fn run(verb: Verb) -> Result<Ending> {
     }
 }
 
+/// Passphrases and keys are in it, here and in the processes that this one starts.
+fn keep_memory_from_disk() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    if let Err(errno) = setrlimit(Resource::Core, none) {
+        tracing::warn!(%errno, "core dumps stay possible");
+    }
+}
+
 /// The level of the log; a session process takes it over from the command.
 const LOG: &str = "E2EBAK_LOG";
 
 fn start_log(verbose: u8) {
     let level = match verbose {
-        0 => std::env::var(LOG).unwrap_or_else(|_| "e2ebak=error".into()),
+        0 => std::env::var(LOG).unwrap_or_else(|_| "e2ebak=warn".into()),
         1 => "e2ebak=info".into(),
         2 => "e2ebak=debug".into(),
         _ => "e2ebak=trace".into(),
     };
-    let filter = EnvFilter::try_new(&level).unwrap_or_else(|_| EnvFilter::new("e2ebak=error"));
+    let filter = EnvFilter::try_new(&level).unwrap_or_else(|_| EnvFilter::new("e2ebak=warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use crate::cli::Ending;
 use crate::cli::args::OutputArgs;
 use crate::error::{Attempt, Result};
-use crate::session;
+use crate::session::{self, Closed};
 use crate::ui::{Style, Terminal};
 
 /// Unmount what `e2ebak mount` mounted
@@ -24,9 +24,19 @@ pub fn run(args: Args) -> Result<Ending> {
     let terminal = Terminal::new(Style::choose(args.output.quiet, false));
     let closed = session::close_mount(&args.mountpoint, &terminal);
     terminal.finish();
-    closed.attempt(|| format!("cannot unmount {}", args.mountpoint.display()))?;
-    if !args.output.quiet {
-        println!("unmounted {}", args.mountpoint.display());
+    match closed.attempt(|| format!("cannot unmount {}", args.mountpoint.display()))? {
+        Closed::Synced => {
+            if !args.output.quiet {
+                println!("unmounted {}", args.mountpoint.display());
+            }
+            Ok(Ending::Clean)
+        }
+        Closed::Lost => {
+            eprintln!(
+                "warning: the process that served {} was gone; what it had not yet synced is lost",
+                args.mountpoint.display()
+            );
+            Ok(Ending::Warnings)
+        }
     }
-    Ok(Ending::Clean)
 }

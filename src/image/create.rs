@@ -118,8 +118,13 @@ pub fn create(
         Err(error) if error.kind() == Kind::NoImage => {}
         Err(error) => return Err(error),
         Ok(_) => {
-            return Err(Error::new(Kind::Exists, "there is a file already")
-                .hint("it was left untouched; choose another name, or remove it yourself"));
+            let hint = match super::inspect(&**store, Access::ReadOnly) {
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    "it has no LUKS2 header: if an interrupted `init` left it, remove it yourself"
+                }
+                _ => "it was left untouched; choose another name, or remove it yourself",
+            };
+            return Err(Error::new(Kind::Exists, "there is a file already").hint(hint));
         }
     }
     let key = key()?;

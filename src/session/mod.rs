@@ -24,7 +24,7 @@ mod stage;
 mod wire;
 
 pub use client::{KeySource, Session, count_signals};
-pub use mounts::{close_mount, enter_private};
+pub use mounts::{Closed, close_mount, enter_private};
 pub use server::serve;
 pub use wire::{Place, Plan, Status};
 

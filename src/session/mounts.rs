@@ -11,15 +11,25 @@ use serde::{Deserialize, Serialize};
 
 use tracing::warn;
 
-use super::wire::{Order, Report, Status, receive, send};
-use crate::error::{Attempt, Error, Kind, Result};
+use super::wire::{Order, Report, receive, send};
+use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::host::{self, Means, mount, mount_table, runtime_directory};
 use crate::progress::{Event, Monitor, Progress};
 
 const STATE: &str = "state.json";
 const CONTROL: &str = "control";
+const FAILURE: &str = "failure.json";
 /// Where the volume's FUSE file is, below a session's directory.
 pub(super) const FUSE: &str = "fuse";
+
+/// How a session had served until it was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    /// Everything is on stable storage.
+    Synced,
+    /// Its process was gone, and with it what it had not yet synced.
+    Lost,
+}
 
 /// A session that serves a public mountpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -48,6 +58,12 @@ fn sweep(runtime: &Path) -> Result<()> {
         let in_use =
             mount.is_some_and(|m| mount_table::topmost(&m.mountpoint).is_ok_and(|e| e.is_some()));
         if dead && !in_use {
+            if let Some(told) = failure(&session) {
+                warn!(
+                    "an earlier session has failed: {}",
+                    Error::from(told).report()
+                );
+            }
             remove(&session)?;
         }
     }
@@ -115,7 +131,7 @@ pub fn enter_private() -> Result<PathBuf> {
 
 /// Has the session behind `mountpoint` unmount, drain, sync and release the lease; returns when
 /// that is done.
-pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
+pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Closed> {
     let wanted = lexical(mountpoint)?;
     let Some((session, _)) = all()?
         .into_iter()
@@ -129,10 +145,7 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
     };
     let control = control_path(&session);
     let mut stream = match UnixStream::connect(&control) {
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-            clear_away(&session, &wanted, monitor)?;
-            return Ok(Status::default());
-        }
+        Err(error) if is_gone(&error) => return clear_away(&session, &wanted),
         other => {
             other.attempt(|| format!("talk to the session that serves {}", wanted.display()))?
         }
@@ -140,7 +153,7 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
     send(&mut stream, &Order::Close)?;
     loop {
         match receive::<Report>(&mut stream)? {
-            Some(Report::Done(status)) => return Ok(status),
+            Some(Report::Done(_)) => return Ok(Closed::Synced),
             Some(Report::Failed(told)) => return Err(told.into()),
             Some(Report::Status(status)) => {
                 let progress = Progress {
@@ -162,15 +175,43 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Status> {
 
 /// Frees a mountpoint whose session was killed. Nothing that a mount of a dead session is asked
 /// for ever comes, so both go out of sight without being asked.
-fn clear_away(session: &Path, mountpoint: &Path, monitor: &dyn Monitor) -> Result<()> {
+///
+/// # Errors
+/// How the session failed, if it could still say so.
+fn clear_away(session: &Path, mountpoint: &Path) -> Result<Closed> {
     if mount_table::topmost(mountpoint)?.is_some() {
         mount::unmount_lazily(mountpoint)?;
     }
+    let failure = failure(session);
     remove(session)?;
-    monitor.report(Event::Warning(
-        "the process that served this mount was gone; what it had not yet synced is lost".into(),
-    ));
-    Ok(())
+    match failure {
+        Some(told) => Err(Error::from(told)).attempt(|| "the session has failed"),
+        None => Ok(Closed::Lost),
+    }
+}
+
+/// Whether nobody listens at a control socket any more.
+fn is_gone(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::ConnectionRefused | ErrorKind::NotFound
+    )
+}
+
+fn failure(session: &Path) -> Option<Told> {
+    let bytes = fs::read(session.join(FAILURE)).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+/// Leaves word of how a session failed that nobody listens to, for who unmounts or mounts next.
+pub(super) fn leave_failure(session: &Path, mount: &Mount, failure: &Error) -> Result<()> {
+    fs::create_dir_all(session).attempt(|| format!("create {}", session.display()))?;
+    write_state(session, mount)?;
+    let path = session.join(FAILURE);
+    let json = serde_json::to_vec(&Told::from(failure)).map_err(std::io::Error::from);
+    json.and_then(|json| fs::write(&path, json))
+        .attempt(|| format!("write {}", path.display()))
 }
 
 /// Removes the directory of a session that is dead, and its FUSE mount, which answers nobody.

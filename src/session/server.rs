@@ -76,9 +76,14 @@ pub fn serve() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            // Whoever listens prints it; a session that runs by itself has only its log.
             debug!("{}", failure.report());
-            server.listeners.tell(&Report::Failed(Told::from(&failure)));
+            let heard = server.listeners.tell(&Report::Failed(Told::from(&failure)));
+            if let (false, Some((directory, mount))) = (heard, &server.announced) {
+                error!("{}", failure.report());
+                if let Err(error) = mounts::leave_failure(directory, mount, &failure) {
+                    error!("{}", error.report());
+                }
+            }
             ExitCode::from(failure.kind().exit_code())
         }
     }
@@ -91,6 +96,8 @@ struct Server {
     plan: Plan,
     /// Set while an end at once would leave something behind.
     holds: Arc<AtomicBool>,
+    /// What others find this session by, if it is a public one.
+    announced: Option<(PathBuf, mounts::Mount)>,
 }
 
 impl Server {
@@ -118,6 +125,7 @@ impl Server {
             listeners,
             plan,
             holds,
+            announced: None,
         })
     }
 
@@ -274,7 +282,7 @@ impl Server {
     }
 
     /// Lets `e2ebak umount` find this session: a control socket, and a state beside it.
-    fn announce(&self, stage: &Stage, location: &Location) -> Result<()> {
+    fn announce(&mut self, stage: &Stage, location: &Location) -> Result<()> {
         let state = mounts::Mount {
             mountpoint: stage.mounted_at().to_path_buf(),
             location: location.to_string(),
@@ -285,6 +293,7 @@ impl Server {
         let listener =
             UnixListener::bind(&control).attempt(|| format!("listen at {}", control.display()))?;
         mounts::write_state(stage.directory(), &state)?;
+        self.announced = Some((stage.directory().to_path_buf(), state));
         let sender = self.sender.clone();
         start_thread("session-control", move || {
             answer_control(&listener, &sender)
@@ -405,9 +414,11 @@ impl Listeners {
             .push(stream);
     }
 
-    fn tell(&self, report: &Report) {
+    /// Says whether anybody heard it.
+    fn tell(&self, report: &Report) -> bool {
         let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain_mut(|stream| send(stream, report).is_ok());
+        !listeners.is_empty()
     }
 }
 

@@ -132,7 +132,7 @@ impl Terminal {
                         "message_type": "status", "phase": state.phase,
                         "seconds_elapsed": state.began.elapsed().as_secs(),
                         "files_done": p.files, "total_files": p.files_total, "bytes_done": p.bytes,
-                        "total_bytes": p.bytes_total, "bytes_owed": p.owed, "bytes_sent": p.sent,
+                        "bytes_owed": p.owed, "bytes_sent": p.sent,
                     })
                 );
             }
@@ -147,7 +147,6 @@ fn merged(old: Progress, new: Progress) -> Progress {
         files: new.files.or(old.files),
         files_total: new.files_total.or(old.files_total),
         bytes: new.bytes.or(old.bytes),
-        bytes_total: new.bytes_total.or(old.bytes_total),
         owed: new.owed.or(old.owed),
         sent: new.sent.or(old.sent),
     }
@@ -163,10 +162,7 @@ fn sentence(state: &State) -> String {
         _ => {}
     }
     if let Some(done) = p.bytes {
-        parts.push(match p.bytes_total {
-            Some(total) => format!("{}/{}", Bytes(done), Bytes(total)),
-            None => format!("{} copied", Bytes(done)),
-        });
+        parts.push(format!("{} copied", Bytes(done)));
         let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
         parts.push(format!("{}/s", Bytes(rate as u64)));
     }
@@ -186,6 +182,28 @@ mod tests {
     #[test]
     fn the_bar_template_is_good() {
         assert!(ProgressStyle::with_template("{spinner} {wide_msg}").is_ok());
+    }
+
+    #[test]
+    fn the_sentence_has_what_is_known_and_no_more() {
+        let mut state = State {
+            bar: ProgressBar::hidden(),
+            began: Instant::now(),
+            said: Instant::now(),
+            phase: "copy",
+            progress: Progress::default(),
+        };
+        assert_eq!(sentence(&state), "copy 0.0 s");
+        state.progress = Progress {
+            files: Some(3),
+            files_total: Some(9),
+            sent: Some(2 << 20),
+            owed: Some(0),
+            ..Progress::default()
+        };
+        assert_eq!(sentence(&state), "copy 0.0 s, 3/9 files, 2.0 MiB sent");
+        state.progress.owed = Some(1 << 30);
+        assert!(sentence(&state).ends_with(", 1.0 GiB still to send"));
     }
 
     #[test]

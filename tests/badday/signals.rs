@@ -134,14 +134,15 @@ fn an_interrupted_run_is_taken_up_not_started_over() {
     let sandbox = Sandbox::new();
     let place = Place::piped(&sandbox);
     let source = sandbox.dir("source");
-    for i in 0..100 {
+    // Twice what may be under way in the kernel's page cache and ours.
+    for i in 0..200 {
         large_file(&source.join(format!("{i:03}")), 2 * MIB, i);
     }
     place.init("100G").ok();
     let empty = common::stored_bytes(&place.stored);
     let backup = place.backup(&source).spawn();
-    wait_for("most of the data", Duration::from_secs(60), || {
-        common::stored_bytes(&place.stored) > empty + 140 * MIB
+    wait_for("a part of the data", Duration::from_secs(60), || {
+        common::stored_bytes(&place.stored) > empty + 100 * MIB
     });
     backup.signal(Signal::TERM);
     if backup.wait().code_of(&[0, 130]).status.code() == Some(0) {
@@ -152,15 +153,43 @@ fn an_interrupted_run_is_taken_up_not_started_over() {
     let new_bytes = place.snapshots()[0]["new_bytes"]
         .as_u64()
         .expect("new_bytes");
-    assert!(new_bytes < 120 * MIB, "{new_bytes} bytes were copied again");
+    assert!(new_bytes < 320 * MIB, "{new_bytes} bytes were copied again");
     let stored = common::stored_bytes(&place.stored) - empty;
-    assert!(stored < 260 * MIB, "200 MiB take {} MiB", stored / MIB);
+    assert!(stored < 480 * MIB, "400 MiB take {} MiB", stored / MIB);
     let restored = sandbox.path("restored");
     place
         .restore(&format!("latest:{}", source.display()), &restored)
         .ok();
     assert_same_tree(&source, &restored);
     place.assert_closed();
+}
+
+/// Nobody is there to hear how a session in the background has failed; the next to come is told.
+#[test]
+fn a_daemon_that_could_not_sync_is_found_out() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let sshd = Sshd::start(&sandbox);
+    let place = Place::over(&sandbox, &sshd);
+    place.init("10G").ok();
+    let mounted = sandbox.dir("mnt");
+    place.program("mount").arg(&mounted).ok();
+    fs::write(mounted.join("never synced"), "content").expect("written");
+    sshd.cut_sessions();
+    // It succeeds or not, as the kernel likes: the filesystem has turned read-only.
+    let _ = tool("umount").arg(&mounted).output();
+    let umount = || Program::new(&sandbox, "umount").arg(&mounted);
+    wait_for("the session has ended", Duration::from_secs(60), || {
+        sandbox
+            .processes()
+            .iter()
+            .all(|(_, line)| !line.contains("session-process"))
+    });
+    umount().run().code(14).says("the session has failed");
+    umount().run().code(1).says("nothing of yours is mounted");
+    place.program("snapshots").ok();
 }
 
 #[test]
@@ -176,10 +205,14 @@ fn a_killed_mount_daemon_can_be_cleared_away() {
     fs::write(mounted.join("synced"), "content").expect("written");
     run(tool("sync").arg("-f").arg(mounted.join("synced")));
     sandbox.kill_processes();
-    // The mount is dead; umount(8) frees it, and the next mount clears the lease of the dead.
-    run(tool("umount").arg("-l").arg(&mounted));
+    // The mount is dead; either umount frees it, and the next mount clears the lease of the dead.
+    let umount = || Program::new(&sandbox, "umount").arg(&mounted);
+    umount().run().code(3).says("not yet synced is lost");
     place.program("mount").arg(&mounted).ok();
     assert_eq!(fs::read(mounted.join("synced")).expect("there"), b"content");
-    Program::new(&sandbox, "umount").arg(&mounted).ok();
+    sandbox.kill_processes();
+    run(tool("umount").arg("-l").arg(&mounted));
+    place.program("mount").arg(&mounted).ok();
+    umount().ok();
     place.assert_closed();
 }

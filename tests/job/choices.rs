@@ -129,10 +129,10 @@ fn sources_are_filtered_as_told() {
     let mut found: Vec<&str> = found.lines().collect();
     found.sort();
     // A cache keeps its tag and nothing else, as with tar and restic.
-    found.retain(|path| *path != "./cache/CACHEDIR.TAG");
     assert_eq!(
         found,
         [
+            "./cache/CACHEDIR.TAG",
             "./keep",
             "./other/CACHEDIR.TAG",
             "./other/inside",
