@@ -15,6 +15,7 @@ use crate::progress::{Event, Monitor, Progress};
 use crate::session::{self, Place, Plan, Session, Status};
 use crate::snapshot::{self, Filters, Job, Outcome};
 use crate::ui::{Style, Terminal};
+use crate::ui::{say, tell};
 use crate::units::{Bytes, parse_duration, show_duration};
 
 /// Take a snapshot of PATHs
@@ -111,7 +112,8 @@ pub fn run(args: Args) -> Result<Ending> {
     terminal.finish();
     let (outcome, status) = both(taken, closed).attempt(doing)?;
     summary(&args, &location, &outcome, status, clock.elapsed());
-    Ok(if outcome.record.error_count > 0 {
+    let record = &outcome.record;
+    Ok(if record.error_count > 0 || record.rsync_exit_code == 23 {
         Ending::Warnings
     } else {
         Ending::Clean
@@ -173,16 +175,17 @@ fn summary(
         line["vanished"] = outcome.vanished.into();
         line["sent_bytes"] = status.sent.into();
         line["received_bytes"] = status.received.into();
-        println!("{line}");
+        say!("{line}");
         return;
     }
     if !args.output.quiet {
-        println!("snapshot {} in {location}", record.id);
-        println!(
+        say!("snapshot {} in {location}", record.id);
+        say!(
             "  files      {:>12}   new {}",
-            record.files, record.new_files
+            record.files,
+            record.new_files
         );
-        println!(
+        say!(
             "  size       {:>12}   new {}",
             Bytes(record.bytes).to_string(),
             Bytes(record.new_bytes)
@@ -191,24 +194,24 @@ fn summary(
             Location::Local(_) => "-".into(),
             Location::Sftp(..) => Bytes(status.sent).to_string(),
         };
-        println!("  sent       {sent:>12}   in {}", show_duration(duration));
+        say!("  sent       {sent:>12}   in {}", show_duration(duration));
         if outcome.vanished > 0 {
-            println!(
+            say!(
                 "  note: {} files vanished while they were being copied",
                 outcome.vanished
             );
         }
     }
     if record.error_count > 0 {
-        eprintln!(
+        tell!(
             "warning: completed with errors: {} paths could not be backed up as they are:",
             record.error_count
         );
         for error in &record.errors {
-            eprintln!("  {error}");
+            tell!("  {error}");
         }
         if record.error_count > record.errors.len() as u64 {
-            eprintln!(
+            tell!(
                 "  and {} more",
                 record.error_count - record.errors.len() as u64
             );

@@ -12,6 +12,7 @@ use crate::remote::{Access, Store};
 use crate::restore::Ext4View;
 use crate::session;
 use crate::ui::Table;
+use crate::ui::{say, tell};
 use crate::units::Bytes;
 
 /// Show what an image is: header, keyslots, sizes, filesystem, and who is writing it
@@ -56,18 +57,18 @@ pub fn run(args: Args) -> Result<Ending> {
         });
     }
     match args.json {
-        true => println!("{facts:#}"),
+        true => say!("{facts:#}"),
         false => print(&location.to_string(), &facts),
     }
     for warning in facts["warnings"].as_array().into_iter().flatten() {
-        eprintln!("warning: {}", text(warning));
+        tell!("warning: {}", text(warning));
     }
     let odd = facts["warnings"].as_array().is_some_and(|w| !w.is_empty());
     Ok(if odd { Ending::Warnings } else { Ending::Clean })
 }
 
 fn inside(args: &Args, sealed: Sealed) -> Result<Option<Inside>> {
-    let (signals, _) = session::count_signals()?;
+    let signals = session::end_at_signals()?;
     let mut keys = args.key.keys(&args.image.location, signals)?;
     if !keys.are_given() {
         return Ok(None);
@@ -137,34 +138,34 @@ fn bytes(value: &Value) -> String {
 
 fn print(location: &str, facts: &Value) {
     let luks = &facts["luks"];
-    println!("image       {location}");
-    println!("size        {}", bytes(&facts["image_bytes"]));
-    println!("stored      {}", bytes(&facts["stored_bytes"]));
-    println!("server free {}", bytes(&facts["server_free_bytes"]));
-    println!(
+    say!("image       {location}");
+    say!("size        {}", bytes(&facts["image_bytes"]));
+    say!("stored      {}", bytes(&facts["stored_bytes"]));
+    say!("server free {}", bytes(&facts["server_free_bytes"]));
+    say!(
         "LUKS        version 2, uuid {}, label {}",
         text(&luks["uuid"]),
         text(&luks["label"]).escape_debug()
     );
-    println!(
+    say!(
         "cipher      {}, {}-byte sectors",
         text(&luks["cipher"]),
         luks["sector_bytes"]
     );
-    println!(
+    say!(
         "data        {} from offset {}",
         bytes(&luks["data_bytes"]),
         luks["data_offset"]
     );
     match facts["lease"].as_str() {
-        Some(holder) => println!("lease       {holder}"),
-        None => println!("lease       free"),
+        Some(holder) => say!("lease       {holder}"),
+        None => say!("lease       free"),
     }
     match &facts["filesystem"] {
         Value::Null => {
-            println!("filesystem  locked (give a key, for example --key-file, to look inside)")
+            say!("filesystem  locked (give a key, for example --key-file, to look inside)")
         }
-        inside => println!(
+        inside => say!(
             "filesystem  ext4, uuid {}, label {}, opened by keyslot {}",
             text(&inside["uuid"]),
             text(&inside["label"]).escape_debug(),
@@ -180,5 +181,5 @@ fn print(location: &str, facts: &Value) {
             text(&slot["area_encryption"]),
         ]);
     }
-    print!("{}", table.render());
+    say!("{}", table.render().trim_end());
 }

@@ -7,6 +7,7 @@ use crate::error::{Attempt, Error, Kind, Result};
 use crate::image::{self, Creation};
 use crate::location::Location;
 use crate::session;
+use crate::ui::say;
 use crate::ui::{Style, Terminal};
 use crate::units::Bytes;
 
@@ -71,7 +72,7 @@ pub fn run(args: Args) -> Result<Ending> {
             Location::Local(_) => String::new(),
             Location::Sftp(..) => format!(", {} sent", Bytes(made.sent)),
         };
-        println!(
+        say!(
             "created {location}: {} LUKS2 image {}{sent}",
             Bytes(args.size.0),
             made.uuid

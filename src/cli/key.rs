@@ -15,6 +15,7 @@ use crate::host::Tool;
 use crate::secret::Secret;
 use crate::session::KeySource;
 use crate::ui;
+use crate::ui::tell;
 
 /// As much as cryptsetup reads from a key file by default.
 const KEY_MAX: u64 = 8 << 20;
@@ -147,7 +148,7 @@ impl KeySource for Keys {
             if !typed || self.asked > TRIES_MAX {
                 return Err(Error::new(Kind::WrongKey, error.to_string()));
             }
-            eprintln!("{error}");
+            tell!("{error}");
         }
         match &self.source {
             Source::KeyFile(file) if file.as_os_str() == "-" => {

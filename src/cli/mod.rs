@@ -20,6 +20,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Kind, Result};
 use crate::session;
+use crate::ui::tell;
 
 /// Encrypted backup into one LUKS2 image on a server that nobody has to trust.
 #[derive(Parser)]
@@ -79,7 +80,7 @@ pub fn main() -> ExitCode {
         Ok(Ending::Clean) => ExitCode::SUCCESS,
         Ok(Ending::Warnings) => ExitCode::from(3),
         Err(error) => {
-            eprintln!("{}", error.report());
+            tell!("{}", error.report());
             ExitCode::from(error.kind().exit_code())
         }
     }

@@ -8,6 +8,7 @@ use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Kind, Result};
 use crate::host;
 use crate::session::{self, Place, Plan, Session};
+use crate::ui::say;
 use crate::ui::{Style, Terminal};
 use crate::units::parse_duration;
 
@@ -64,7 +65,7 @@ pub fn run(args: Args) -> Result<Ending> {
         started.attempt(|| format!("cannot mount {location} at {}", args.mountpoint.display()))?;
     if !args.output.quiet {
         let how = if args.read_only { ", read-only" } else { "" };
-        println!("mounted {location} at {}{how}", args.mountpoint.display());
+        say!("mounted {location} at {}{how}", args.mountpoint.display());
     }
     if !args.foreground {
         session.detach()?;
@@ -73,7 +74,7 @@ pub fn run(args: Args) -> Result<Ending> {
     match session.wait() {
         Ok(_) => {
             if !args.output.quiet {
-                println!("unmounted {}", args.mountpoint.display());
+                say!("unmounted {}", args.mountpoint.display());
             }
             Ok(Ending::Clean)
         }

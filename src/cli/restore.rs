@@ -12,6 +12,7 @@ use crate::restore::{self, MountedTree, Options, Outcome, Overwrite};
 use crate::session::{self, Place, Plan, Session};
 use crate::snapshot::{Catalogue, DIRECTORY, MountedFiles};
 use crate::ui::{Style, Terminal};
+use crate::ui::{say, tell};
 use crate::units::Bytes;
 
 /// Copy a path out of a snapshot
@@ -109,7 +110,7 @@ fn split(what: &OsStr) -> Result<(String, PathBuf)> {
 
 fn summary(args: &Args, outcome: &Outcome) -> Ending {
     if !args.output.quiet {
-        println!(
+        say!(
             "restored {} files and {} directories, {}",
             outcome.files,
             outcome.directories,
@@ -119,7 +120,7 @@ fn summary(args: &Args, outcome: &Outcome) -> Ending {
     }
     let existing = &outcome.skipped_existing;
     if existing.count() > 0 {
-        eprintln!(
+        tell!(
             "warning: {} files that exist were left as they are (--overwrite replaces them):",
             existing.count()
         );
@@ -133,7 +134,7 @@ fn summary(args: &Args, outcome: &Outcome) -> Ending {
     }
     // Each was reported when it happened.
     if outcome.errors.count() > 0 {
-        eprintln!(
+        tell!(
             "warning: {} files could not be restored as they were",
             outcome.errors.count()
         );
@@ -162,7 +163,7 @@ fn notes(outcome: &Outcome) {
         ),
     ] {
         if count > 0 {
-            println!("  note: {count} {what}");
+            say!("  note: {count} {what}");
         }
     }
 }
@@ -171,10 +172,10 @@ fn notes(outcome: &Outcome) {
 fn list(lines: impl Iterator<Item = String>, count: u64) {
     const SHOWN: usize = 20;
     for line in lines.take(SHOWN) {
-        eprintln!("  {}", line.escape_debug());
+        tell!("  {}", line.escape_debug());
     }
     if count > SHOWN as u64 {
-        eprintln!("  and {} more", count - SHOWN as u64);
+        tell!("  and {} more", count - SHOWN as u64);
     }
 }
 

@@ -10,6 +10,7 @@ use crate::error::{Attempt, Result};
 use crate::session;
 use crate::snapshot::{Catalogue, Found};
 use crate::ui::Table;
+use crate::ui::{say, tell};
 use crate::units::{Bytes, show_duration};
 
 /// List the snapshots in an image, oldest first
@@ -30,7 +31,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
-    let (signals, _) = session::count_signals()?;
+    let signals = session::end_at_signals()?;
     let list = || {
         let mut keys = args.key.keys(&location.to_string(), signals)?;
         let mut files = unmounted::open(&location, &args.image.link(), &mut keys)?;
@@ -43,12 +44,12 @@ pub fn run(args: Args) -> Result<Ending> {
             .iter()
             .map(|found| json!(found.record))
             .collect();
-        println!("{:#}", Value::from(all));
+        say!("{:#}", Value::from(all));
     } else {
         print(&catalogue);
     }
     for (id, why) in &catalogue.damaged {
-        eprintln!("warning: {id} does not count as a snapshot: {why}");
+        tell!("warning: {id} does not count as a snapshot: {why}");
     }
     Ok(if catalogue.damaged.is_empty() {
         Ending::Clean
@@ -83,14 +84,14 @@ fn print(catalogue: &Catalogue) {
             },
         ]);
     }
-    print!("{}", table.render());
+    say!("{}", table.render().trim_end());
     for id in &catalogue.inflight {
-        println!("{id}  unfinished: running now, or interrupted; the next backup takes it up");
+        say!("{id}  unfinished: running now, or interrupted; the next backup takes it up");
     }
     match catalogue.complete.len() {
-        0 => println!("no complete snapshot"),
-        1 => println!("1 snapshot"),
-        count => println!("{count} snapshots"),
+        0 => say!("no complete snapshot"),
+        1 => say!("1 snapshot"),
+        count => say!("{count} snapshots"),
     }
 }
 

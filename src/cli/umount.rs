@@ -5,6 +5,7 @@ use crate::cli::args::OutputArgs;
 use crate::error::{Attempt, Result};
 use crate::session::{self, Closed};
 use crate::ui::{Style, Terminal};
+use crate::ui::{say, tell};
 
 /// Unmount what `e2ebak mount` mounted
 ///
@@ -27,12 +28,12 @@ pub fn run(args: Args) -> Result<Ending> {
     match closed.attempt(|| format!("cannot unmount {}", args.mountpoint.display()))? {
         Closed::Synced => {
             if !args.output.quiet {
-                println!("unmounted {}", args.mountpoint.display());
+                say!("unmounted {}", args.mountpoint.display());
             }
             Ok(Ending::Clean)
         }
         Closed::Lost => {
-            eprintln!(
+            tell!(
                 "warning: the process that served {} was gone; what it had not yet synced is lost",
                 args.mountpoint.display()
             );

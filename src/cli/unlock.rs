@@ -3,6 +3,7 @@ use crate::cli::args::ImageArgs;
 use crate::error::{Attempt, Result};
 use crate::image;
 use crate::remote::lease::Lease;
+use crate::ui::say;
 
 /// Remove the lease that a machine left behind which is gone
 ///
@@ -25,8 +26,8 @@ pub fn run(args: Args) -> Result<Ending> {
         Lease::clear(store, &location.to_string(), args.force)
     };
     match unlock().attempt(|| format!("cannot unlock {location}"))? {
-        Some(holder) => println!("removed the lease of {}", holder.describe()),
-        None => println!("nobody holds {location}"),
+        Some(holder) => say!("removed the lease of {}", holder.describe()),
+        None => say!("nobody holds {location}"),
     }
     Ok(Ending::Clean)
 }

@@ -7,6 +7,7 @@ use crate::remote::Access;
 use crate::remote::lease::Lease;
 use crate::restore::Ext4View;
 use crate::session::KeySource;
+use crate::ui::tell;
 
 /// Dials, unlocks and reads the filesystem. Takes no lease; says when somebody is writing.
 pub fn open(
@@ -17,15 +18,18 @@ pub fn open(
     let store = image::connect(location, link)?;
     let sealed = image::inspect(&*store, Access::ReadOnly)?;
     for warning in sealed.warnings() {
-        eprintln!("warning: {warning}");
+        tell!("warning: {warning}");
     }
     if let Some(holder) = Lease::peek(&*store)? {
-        eprintln!(
+        tell!(
             "warning: {} is writing this image; what is shown may be about to change",
             holder.describe()
         );
     }
-    Ext4View::load(unlock(sealed, keys)?.volume.device())
+    let view = Ext4View::load(unlock(sealed, keys)?.volume.device());
+    view.map_err(|e| {
+        e.hint("after a crash the next `e2ebak backup` or `mount` puts the filesystem in order")
+    })
 }
 
 /// Asks for keys until one opens the image or the source gives up.

@@ -142,7 +142,7 @@ pub fn create(
     check()?;
 
     let image = store.create(creation.size)?;
-    let lease = Lease::take(store.clone(), name)?;
+    let lease = Lease::take(store.clone(), name).inspect_err(|_| drop(store.remove()))?;
     let fill = || -> Result<()> {
         monitor.report(Event::Phase("make the filesystem"));
         let volume = stack(

@@ -61,12 +61,21 @@ pub struct Sealed {
     loaded: Loaded,
 }
 
-/// Opens the image and reads its LUKS2 header.
-pub fn inspect(store: &dyn Store, access: Access) -> Result<Sealed> {
-    let device = store.open(access).map_err(|error| match error.kind() {
+/// Fails with [`Kind::NoImage`] when there is none.
+pub fn require(store: &dyn Store) -> Result<()> {
+    open(store, Access::ReadOnly).map(drop)
+}
+
+fn open(store: &dyn Store, access: Access) -> Result<Arc<dyn Device>> {
+    store.open(access).map_err(|error| match error.kind() {
         Kind::NoImage => error.hint("`e2ebak init LOCATION --size SIZE` creates an image"),
         _ => error,
-    })?;
+    })
+}
+
+/// Opens the image and reads its LUKS2 header.
+pub fn inspect(store: &dyn Store, access: Access) -> Result<Sealed> {
+    let device = open(store, access)?;
     let mut read = |offset: u64, into: &mut [u8]| device.read_exact_at(into, offset);
     let loaded = luks::load(&mut read, device.size()).attempt(|| "read the LUKS2 header")?;
     Ok(Sealed {
@@ -184,6 +193,11 @@ impl Volume {
     /// Everything written before is on stable storage, or the error says why not.
     pub fn flush(&self) -> Result<()> {
         self.cache.flush()
+    }
+
+    /// Ends the threads; nothing more is written, whatever is owed.
+    pub fn abandon(&self) {
+        self.cache.abandon();
     }
 
     /// Syncs and ends the threads. The volume must not be in use any more.

@@ -244,6 +244,18 @@ struct Listener {
 
 impl Listener {
     fn run(self, mut from: UnixStream) {
+        // Whoever prints may be stopped (Ctrl-S); reading must go on, or the session gives us up.
+        let (events, to_print) = channel();
+        let monitor = self.monitor.clone();
+        let print = move || to_print.iter().for_each(|event| monitor.report(event));
+        if thread::Builder::new()
+            .name("session-notes".into())
+            .spawn(print)
+            .is_err()
+        {
+            return;
+        }
+        let report_event = |event| drop(events.send(event));
         while let Ok(Some(report)) = receive::<Report>(&mut from) {
             match report {
                 Report::Status(status) => {
@@ -253,10 +265,10 @@ impl Listener {
                         sent: Some(status.sent),
                         ..Progress::default()
                     };
-                    self.monitor.report(Event::Progress(progress));
+                    report_event(Event::Progress(progress));
                 }
-                Report::Note(text) => self.monitor.report(Event::Note(text)),
-                Report::Warning(text) => self.monitor.report(Event::Warning(text)),
+                Report::Note(text) => report_event(Event::Note(text)),
+                Report::Warning(text) => report_event(Event::Warning(text)),
                 Report::Phase(_) => {}
                 other => {
                     if self.sender.send(other).is_err() {
@@ -286,4 +298,23 @@ pub fn count_signals() -> Result<(Arc<AtomicUsize>, Arc<AtomicBool>)> {
         })
         .attempt(|| "start a thread")?;
     Ok((count, stop))
+}
+
+/// Ends the program at a signal, for verbs that hold and write nothing; counts them for the prompt,
+/// which turns the echo on again first.
+pub fn end_at_signals() -> Result<Arc<AtomicUsize>> {
+    let (count, _) = count_signals()?;
+    let counted = count.clone();
+    let watch = move || {
+        while counted.load(Ordering::Relaxed) == 0 {
+            thread::sleep(POLL);
+        }
+        thread::sleep(5 * POLL);
+        std::process::exit(i32::from(Kind::Interrupted.exit_code()));
+    };
+    let started = thread::Builder::new()
+        .name("signals-end".into())
+        .spawn(watch);
+    started.attempt(|| "start a thread")?;
+    Ok(count)
 }

@@ -23,7 +23,7 @@ mod server;
 mod stage;
 mod wire;
 
-pub use client::{KeySource, Session, count_signals};
+pub use client::{KeySource, Session, count_signals, end_at_signals};
 pub use mounts::{Closed, close_mount, enter_private};
 pub use server::serve;
 pub use wire::{Place, Plan, Status};

@@ -48,12 +48,9 @@ fn sweep(runtime: &Path) -> Result<()> {
             .file_name()
             .and_then(|name| name.to_str()?.parse::<u32>().ok());
         let Some(pid) = pid else { continue };
-        let dead = match UnixStream::connect(control_path(&session)) {
-            Ok(_) => false,
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => true,
-            // It has none yet, or never had.
-            Err(_) => !Path::new("/proc").join(pid.to_string()).exists(),
-        };
+        // Its socket may be about to listen, so its process is what counts.
+        let dead = UnixStream::connect(control_path(&session)).is_err()
+            && !Path::new("/proc").join(pid.to_string()).exists();
         let mount = state(&session);
         let in_use =
             mount.is_some_and(|m| mount_table::topmost(&m.mountpoint).is_ok_and(|e| e.is_some()));
@@ -133,19 +130,18 @@ pub fn enter_private() -> Result<PathBuf> {
 /// that is done.
 pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Closed> {
     let wanted = lexical(mountpoint)?;
-    let Some((session, _)) = all()?
-        .into_iter()
-        .find(|(_, mount)| mount.mountpoint == wanted)
-    else {
-        let error = Error::new(
-            Kind::NotFound,
-            format!("nothing of yours is mounted at {}", wanted.display()),
-        );
+    let mut mounts = all()?;
+    mounts.retain(|(_, mount)| mount.mountpoint == wanted);
+    let Some((session, _)) = mounts.first() else {
+        let why = format!("nothing of yours is mounted at {}", wanted.display());
+        let error = Error::new(Kind::NotFound, why);
         return Err(error.hint("give the directory that `e2ebak mount` was given"));
     };
-    let control = control_path(&session);
-    let mut stream = match UnixStream::connect(&control) {
-        Err(error) if is_gone(&error) => return clear_away(&session, &wanted),
+    // A dead session may have left its word for the same directory; a living one comes first.
+    let connect = |session: &Path| UnixStream::connect(control_path(session));
+    let living = mounts.iter().find_map(|(session, _)| connect(session).ok());
+    let mut stream = match living.map_or_else(|| connect(session), Ok) {
+        Err(error) if is_gone(&error) => return clear_away(session, &wanted),
         other => {
             other.attempt(|| format!("talk to the session that serves {}", wanted.display()))?
         }

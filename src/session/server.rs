@@ -70,7 +70,12 @@ pub fn serve() -> ExitCode {
             return ExitCode::from(error.kind().exit_code());
         }
     };
-    match server.run() {
+    let outcome = server.run();
+    // Who has asked for an end that was on its way is told how it went, too.
+    while let Ok(Happening::Control(stream)) = server.happenings.try_recv() {
+        server.listeners.add(stream);
+    }
+    match outcome {
         Ok(status) => {
             server.listeners.tell(&Report::Done(status));
             ExitCode::SUCCESS
@@ -142,20 +147,25 @@ impl Server {
         } else {
             Access::ReadWrite
         };
+        image::require(&*store)?;
+        // Before the header is read: whoever holds the lease may be about to write it.
+        let lease = self.lease(&store, &location, access)?;
         let sealed = image::inspect(&*store, access)?;
         for warning in sealed.warnings() {
             self.listeners.tell(&Report::Warning(warning.clone()));
         }
-        let lease = self.lease(&store, &location, access)?;
         let opened = self.unlock(sealed)?;
         let stage = Stage::build(&self.plan, opened)?;
         let ticking = Ticking::start(&store, &stage, lease.clone(), &self.listeners, &self.sender)?;
         let served = self.serve(&stage, &location);
-        let unmounting = match &served {
-            Ok(unmounting) => *unmounting,
-            Err(_) => Unmounting::Forced,
+        let torn_down = match &served {
+            Ok(unmounting) => stage.tear_down(*unmounting),
+            Err(error) if error.kind() == Kind::InUse => {
+                stage.abandon();
+                Ok(())
+            }
+            Err(_) => stage.tear_down(Unmounting::Forced),
         };
-        let torn_down = stage.tear_down(unmounting);
         ticking.stop();
         let released = lease
             .and_then(Arc::into_inner)

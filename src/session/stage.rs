@@ -121,7 +121,24 @@ impl Stage {
 
     /// Unmounts as umount(8) does; [`Kind::InUse`] names who keeps it busy.
     pub fn unmount(&self) -> Result<()> {
-        self.mounted().unmount()
+        let mut mounted = self.mounted();
+        if mounted.is_mounted() {
+            // Where another namespace has a copy of the mount, unmounting ours would sync nothing.
+            mount::sync(&self.mounted_at)?;
+        }
+        mounted.unmount()
+    }
+
+    /// Takes everything down and writes nothing more: the image may have another writer by now.
+    pub fn abandon(self) {
+        // The filesystem hears of errors from here on, and the cache sends nothing.
+        if let Err(error) = self.below.export.abort() {
+            warn!("{}", error.report());
+        }
+        self.below.volume.abandon();
+        if let Err(error) = self.mounted().unmount_lazily() {
+            warn!("{}", error.report());
+        }
     }
 
     /// Takes everything down; every byte is on stable storage when it returns without an error.

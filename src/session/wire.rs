@@ -96,8 +96,11 @@ fn send_bytes(to: &mut impl Write, bytes: &[u8]) -> Result<()> {
             ),
         )
     })?;
-    to.write_all(&length.to_le_bytes())
-        .and_then(|()| to.write_all(bytes))
+    // One write, so that frames of two threads do not mix.
+    let mut frame = Secret::zeroed(4 + bytes.len());
+    frame.bytes_mut()[..4].copy_from_slice(&length.to_le_bytes());
+    frame.bytes_mut()[4..].copy_from_slice(bytes);
+    to.write_all(frame.bytes())
         .and_then(|()| to.flush())
         .attempt(|| "talk to the other process")
 }

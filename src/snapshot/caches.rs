@@ -6,20 +6,22 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const TAG: &str = "CACHEDIR.TAG";
 const SIGNATURE: &[u8] = b"Signature: 8a477f597d28d172789f06886806bc55";
 
 /// All tagged directories below `roots`, not looking inside a tagged one. What cannot be read is
-/// passed over: rsync will report it. With `one_filesystem` other mounts are not entered.
-pub fn find(roots: &[PathBuf], one_filesystem: bool) -> Vec<PathBuf> {
+/// passed over: rsync will report it. With `one_filesystem` other mounts are not entered. Ends early
+/// at `stop`.
+pub fn find(roots: &[PathBuf], one_filesystem: bool, stop: &AtomicBool) -> Vec<PathBuf> {
     let mut tagged = Vec::new();
     for root in roots {
         let Ok(top) = fs::symlink_metadata(root) else {
             continue;
         };
         let mut pending = vec![root.clone()];
-        while let Some(directory) = pending.pop() {
+        while let Some(directory) = pending.pop().filter(|_| !stop.load(Ordering::Relaxed)) {
             if is_tagged(&directory) {
                 tagged.push(directory);
                 continue;
@@ -72,6 +74,9 @@ mod tests {
             fs::create_dir_all(dir.path().join(name).join("inner")).expect("made");
             fs::write(dir.path().join(name).join(TAG), content).expect("written");
         }
-        assert_eq!(find(&[dir.path().into()], true), [dir.path().join("real")]);
+        assert_eq!(
+            find(&[dir.path().into()], true, &AtomicBool::new(false)),
+            [dir.path().join("real")]
+        );
     }
 }

@@ -172,7 +172,8 @@ impl Account {
 
     /// Takes in one line of standard error.
     pub fn hear_error(&mut self, line: &str) {
-        if line.starts_with("file has vanished:") {
+        // `file has vanished: "/x"`, and the same of a directory.
+        if line.contains(" has vanished: ") && !line.starts_with("rsync") {
             self.vanished += 1;
             return;
         }
@@ -185,6 +186,8 @@ impl Account {
         }
         // EIO, ENOSPC, EROFS, EDQUOT on our side.
         let ours = line.contains("[receiver]") || line.contains("[generator]");
+        // ext4 says so of an attribute that is too large for it, however much room there is.
+        let ours = ours && !line.contains("rsync_xal_set");
         if ours
             && ["(5)", "(28)", "(30)", "(122)"]
                 .iter()

@@ -191,7 +191,7 @@ fn copy(
             .map(|id| snapshots.join(format!("{id}{INFLIGHT}"))),
     );
     let caches = match job.filters.exclude_caches {
-        true => caches::find(job.sources.paths(), job.filters.one_file_system),
+        true => caches::find(job.sources.paths(), job.filters.one_file_system, job.stop),
         false => Vec::new(),
     };
     let mut args = arguments(

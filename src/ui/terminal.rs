@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
+use super::output::{say, tell};
 use crate::progress::{Event, Monitor, Progress};
 use crate::units::{Bytes, show_duration};
 
@@ -88,13 +89,13 @@ impl Monitor for Terminal {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
             Event::Warning(text) if self.style == Style::Json => {
-                println!("{}", json!({"message_type": "warning", "message": text}));
+                say!("{}", json!({"message_type": "warning", "message": text}));
             }
-            Event::Warning(text) => state.bar.suspend(|| eprintln!("warning: {text}")),
+            Event::Warning(text) => state.bar.suspend(|| tell!("warning: {text}")),
             Event::Note(text) => match self.style {
                 Style::Quiet => {}
-                Style::Json => println!("{}", json!({"message_type": "note", "message": text})),
-                Style::Bar | Style::Lines => state.bar.suspend(|| eprintln!("{text}")),
+                Style::Json => say!("{}", json!({"message_type": "note", "message": text})),
+                Style::Bar | Style::Lines => state.bar.suspend(|| tell!("{text}")),
             },
             Event::Phase(phase) => {
                 state.phase = phase;
@@ -121,12 +122,12 @@ impl Terminal {
             }
             Style::Lines if due(LINE_EVERY) => {
                 state.said = Instant::now();
-                eprintln!("{}", sentence(state));
+                tell!("{}", sentence(state));
             }
             Style::Json if due(JSON_EVERY) => {
                 state.said = Instant::now();
                 let p = state.progress;
-                println!(
+                say!(
                     "{}",
                     json!({
                         "message_type": "status", "phase": state.phase,

@@ -189,7 +189,8 @@ fn a_daemon_that_could_not_sync_is_found_out() {
     });
     umount().run().code(14).says("the session has failed");
     umount().run().code(1).says("nothing of yours is mounted");
-    place.program("snapshots").ok();
+    place.program("mount").arg(&mounted).ok();
+    umount().ok();
 }
 
 #[test]

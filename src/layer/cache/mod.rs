@@ -188,6 +188,13 @@ impl Cache {
         flushed
     }
 
+    /// Ends the threads without writing anything more: somebody else may be the writer by now.
+    /// Reads and writes fail from now on.
+    pub fn abandon(&self) {
+        self.shared.refuse_requests();
+        self.stop();
+    }
+
     fn stop(&self) {
         self.shared.stop();
         for worker in lock(&self.workers).drain(..) {
