@@ -49,8 +49,7 @@ fn sweep(runtime: &Path) -> Result<()> {
             .and_then(|name| name.to_str()?.parse::<u32>().ok());
         let Some(pid) = pid else { continue };
         // Its socket may be about to listen, so its process is what counts.
-        let dead = UnixStream::connect(control_path(&session)).is_err()
-            && !Path::new("/proc").join(pid.to_string()).exists();
+        let dead = UnixStream::connect(control_path(&session)).is_err() && has_ended(pid);
         let mount = state(&session);
         let in_use =
             mount.is_some_and(|m| mount_table::topmost(&m.mountpoint).is_ok_and(|e| e.is_some()));
@@ -65,6 +64,12 @@ fn sweep(runtime: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether there is no such process; one that only waits to be reaped has no program any more.
+fn has_ended(pid: u32) -> bool {
+    let program = fs::read_link(Path::new("/proc").join(pid.to_string()).join("exe"));
+    program.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// The directory of one session, removed with it.
