@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::key::KeyArgs;
-use crate::error::{Attempt, Kind, Result};
+use crate::error::{Attempt, Result};
 use crate::host;
 use crate::session::{self, Place, Plan, Session};
 use crate::ui::say;
@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(short, long)]
     read_only: bool,
 
-    /// Stay in the foreground; Ctrl-C unmounts
+    /// Stay in the foreground; Ctrl-C unmounts, and the exit code is 130 then
     #[arg(short, long)]
     foreground: bool,
 
@@ -78,8 +78,6 @@ pub fn run(args: Args) -> Result<Ending> {
             }
             Ok(Ending::Clean)
         }
-        // Ctrl-C is how the foreground is left.
-        Err(error) if error.kind() == Kind::Interrupted => Ok(Ending::Clean),
         Err(error) => Err(error),
     }
 }

@@ -96,7 +96,6 @@ fn mount_in_the_foreground_ends_with_its_mount() {
         .spawn();
     mount.until_mounted();
     mount.signal(Signal::INT);
-    // Ctrl-C is how the foreground is left.
-    mount.wait().code(0);
+    mount.wait().code(130);
     place.assert_closed();
 }
