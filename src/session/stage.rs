@@ -122,11 +122,14 @@ impl Stage {
     /// Unmounts as umount(8) does; [`Kind::InUse`] names who keeps it busy.
     pub fn unmount(&self) -> Result<()> {
         let mut mounted = self.mounted();
-        if mounted.is_mounted() {
-            // Where another namespace has a copy of the mount, unmounting ours would sync nothing.
-            mount::sync(&self.mounted_at)?;
-        }
-        mounted.unmount()
+        // Where another namespace has a copy of the mount, unmounting ours would sync nothing. A
+        // filesystem that can no longer be synced still has to go.
+        let synced = match mounted.is_mounted() {
+            true => mount::sync(&self.mounted_at),
+            false => Ok(()),
+        };
+        mounted.unmount()?;
+        synced
     }
 
     /// Takes everything down and writes nothing more: the image may have another writer by now.
@@ -169,8 +172,9 @@ impl Stage {
         match self.unmount() {
             Err(error) if error.kind() == Kind::InUse => {
                 warn!("{}; what is open ends with its process", error.report());
-                mount::sync(&self.mounted_at)?;
-                self.mounted().unmount_lazily()
+                let synced = mount::sync(&self.mounted_at);
+                self.mounted().unmount_lazily()?;
+                synced
             }
             other => other,
         }
@@ -185,9 +189,8 @@ impl Below {
         let unmounted = match closed {
             true => self.export.unmount(),
             false => {
-                self.export.abort()?;
                 let why = "the volume is still in use; what is written to it from now on is lost";
-                Err(Error::new(Kind::InUse, why))
+                self.export.abort().and(Err(Error::new(Kind::InUse, why)))
             }
         };
         drop(self.export);
