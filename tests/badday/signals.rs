@@ -193,6 +193,28 @@ fn a_daemon_that_could_not_sync_is_found_out() {
     umount().ok();
 }
 
+/// A filesystem that can no longer be synced still goes, and the failure is told.
+#[test]
+fn a_mount_whose_link_broke_can_be_unmounted() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let sshd = Sshd::start(&sandbox);
+    let place = Place::over(&sandbox, &sshd);
+    place.init("10G").ok();
+    let mounted = sandbox.dir("mnt");
+    place.program("mount").arg(&mounted).ok();
+    fs::write(mounted.join("never synced"), "content").expect("written");
+    sshd.cut_sessions();
+    let ran = Program::new(&sandbox, "umount").arg(&mounted).run();
+    ran.code_of(&[1, 14]);
+    assert!(sandbox.mounts().is_empty(), "{:?}", sandbox.mounts());
+    place.program("mount").arg(&mounted).ok();
+    Program::new(&sandbox, "umount").arg(&mounted).ok();
+    place.assert_closed();
+}
+
 #[test]
 fn a_killed_mount_daemon_can_be_cleared_away() {
     if !root_or_skip() {
