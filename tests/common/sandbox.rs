@@ -94,19 +94,24 @@ impl Sandbox {
         found
     }
 
-    /// SIGKILL to every one of them, in the order in which they were started: a session's process
-    /// then dies after the command that shares its mount namespace.
+    /// SIGKILL to every one of them. The keepers of mount namespaces come last, when the servers
+    /// that they keep them for have ended: a server that is the last of its namespace never ends.
     pub fn kill_processes(&self) {
         let processes = self.processes();
         for (pid, _) in &processes {
             self.connections.borrow_mut().extend(fuse_connections(*pid));
         }
-        for (pid, _) in &processes {
-            kill(*pid, Signal::KILL);
-        }
-        let end = Instant::now() + Duration::from_secs(5);
-        while processes.iter().any(|(pid, _)| !is_dead(*pid)) && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(10));
+        let (keepers, others): (Vec<_>, Vec<_>) = processes
+            .into_iter()
+            .partition(|(_, line)| line.trim_end().ends_with("/cat"));
+        for group in [others, keepers] {
+            for (pid, _) in &group {
+                kill(*pid, Signal::KILL);
+            }
+            let end = Instant::now() + Duration::from_secs(5);
+            while group.iter().any(|(pid, _)| !is_dead(*pid)) && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(10));
+            }
         }
     }
 
@@ -270,14 +275,20 @@ fn orphaned_loops() -> Option<String> {
     (loops > sessions).then(|| format!("{loops} loop devices of {sessions} running sessions"))
 }
 
-/// Whether the process is gone, or a zombie that nobody has reaped yet.
+/// Whether the process is gone, or a zombie that nobody has reaped yet. One whose other threads
+/// still end is neither.
 fn is_dead(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat
+    let fields: Vec<&str> = stat
         .rsplit(") ")
         .next()
-        .and_then(|rest| rest.chars().next());
-    state.is_none_or(|state| state == 'Z' || state == 'X')
+        .unwrap_or_default()
+        .split(' ')
+        .collect();
+    // Fields 3 and 20 of proc(5).
+    let ended = fields.first().is_none_or(|s| matches!(*s, "" | "Z" | "X"));
+    let threads = fields.get(17).and_then(|threads| threads.parse().ok());
+    ended && threads.unwrap_or(0) <= 1
 }
 
 /// The process and all that descend from it, children first.
