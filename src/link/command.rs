@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, WaitId, WaitIdOptions};
 use tracing::{debug, info, warn};
 
-use super::{Dial, Handle, Stream};
+use super::{Dial, Handle, Occasion, Stream};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host::spawn::{Fate, prepare};
 
@@ -100,7 +100,7 @@ impl CommandDial {
 }
 
 impl Dial for CommandDial {
-    fn dial(&self) -> Result<Stream> {
+    fn dial(&self, _: Occasion) -> Result<Stream> {
         let explain =
             |ending: &Ending| ending.error(Kind::Disconnected, "the command that carries SFTP");
         start(&self.argv, Box::new(explain))

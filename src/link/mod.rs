@@ -28,11 +28,28 @@ pub trait Handle: Send + Sync {
     fn diagnosis(&self) -> Option<Error>;
 }
 
+/// Which of a run's streams is dialled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occasion {
+    /// The first: the user may be there to answer a question.
+    First,
+    /// Another one, or the same after a break: nobody is asked.
+    Again,
+}
+
+/// How many streams to one server are of use at most: more are slower.
+pub const STREAMS_MAX: usize = 8;
+
 /// Makes streams to one server.
 pub trait Dial: Send + Sync {
     /// Starts a stream. It returns before the other side has said anything, and may be called from
     /// any thread, also one that ends soon.
-    fn dial(&self) -> Result<Stream>;
+    fn dial(&self, occasion: Occasion) -> Result<Stream>;
+
+    /// How many streams may be up at the same time.
+    fn streams_max(&self) -> usize {
+        STREAMS_MAX
+    }
 
     /// How long the first packet may take, questions to the user included.
     fn patience(&self) -> Duration {

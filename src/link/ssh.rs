@@ -13,7 +13,7 @@ use std::time::Duration;
 use tracing::debug;
 
 use super::command::{self, Ending};
-use super::{Dial, PATIENCE, Stream};
+use super::{Dial, Occasion, PATIENCE, Stream};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::location::Server;
 
@@ -100,13 +100,14 @@ impl SshDial {
     }
 
     /// The command line.
-    pub fn argv(&self) -> Vec<OsString> {
+    pub fn argv(&self, occasion: Occasion) -> Vec<OsString> {
+        let asks = self.asks && occasion == Occasion::First;
         let mut argv = vec![self.program()];
         argv.extend(self.given());
         // No terminal, no X11, no agent forwarding, no escape character.
         argv.extend(["-T", "-x", "-a", "-e", "none"].map(OsString::from));
         let mut set = |setting: String| argv.extend(["-o".into(), setting.into()]);
-        if !self.asks {
+        if !asks {
             set("BatchMode=yes".into());
         }
         set(format!("ConnectTimeout={CONNECT_TIMEOUT_SECONDS}"));
@@ -177,13 +178,14 @@ fn has_aes() -> bool {
 }
 
 impl Dial for SshDial {
-    fn dial(&self) -> Result<Stream> {
+    fn dial(&self, occasion: Occasion) -> Result<Stream> {
         let server = self.server.clone();
         let explain = Box::new(move |ending: &Ending| explain(&server, ending));
-        let started = command::start(&self.argv(), explain).map_err(|error| match error.kind() {
-            Kind::MissingTool => error.hint("install the package openssh-client"),
-            _ => error,
-        });
+        let started =
+            command::start(&self.argv(occasion), explain).map_err(|error| match error.kind() {
+                Kind::MissingTool => error.hint("install the package openssh-client"),
+                _ => error,
+            });
         started.attempt(|| format!("connect to {}", self.server))
     }
 

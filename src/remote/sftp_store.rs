@@ -11,7 +11,7 @@ use super::{
 };
 use crate::device::{Caps, Device, Discard, Durability, check_range};
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::link::Dial;
+use crate::link::{Dial, Occasion};
 use crate::location::RemotePath;
 use crate::sftp::{Code, Extended, Extension, OpenFlags, Reply, Request, Status};
 
@@ -32,7 +32,7 @@ impl SftpStore {
             ..bounds
         };
         let engine = dial
-            .dial()
+            .dial(Occasion::First)
             .and_then(|stream| Engine::start(stream, bounds))
             .attempt(|| format!("connect to the server of {name}"))?;
         Ok(SftpStore::over(Arc::new(engine), path, name))

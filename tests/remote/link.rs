@@ -10,9 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use e2ebak::error::{Error, Kind};
-use e2ebak::link::Dial;
 use e2ebak::link::command::CommandDial;
 use e2ebak::link::ssh::{SshDial, SshOptions};
+use e2ebak::link::{Dial, Occasion};
 use e2ebak::location::{Location, RemotePath, Server};
 use e2ebak::remote::engine::{Bounds, Engine};
 use e2ebak::remote::sftp_store::SftpStore;
@@ -574,7 +574,7 @@ fn the_users_own_ssh_options_win() {
         batch: true,
         ..SshOptions::default()
     };
-    let argv = SshDial::new(server, options).argv();
+    let argv = SshDial::new(server, options).argv(Occasion::First);
     let words: Vec<&str> = argv.iter().filter_map(|word| word.to_str()).collect();
     let line = words.join(" ");
     let place = |text: &str| line.find(text).unwrap_or_else(|| panic!("{text}: {line}"));
@@ -594,7 +594,10 @@ fn a_process_that_would_dial() {
         host: "nas".into(),
         port: None,
     };
-    println!("{:?}", SshDial::new(server, SshOptions::default()).argv());
+    println!(
+        "{:?}",
+        SshDial::new(server, SshOptions::default()).argv(Occasion::First)
+    );
 }
 
 #[test]
@@ -647,7 +650,7 @@ fn the_cheapest_cipher_is_asked_for_unless_somebody_has_an_opinion() {
             config_file: Some(config.clone()),
             ..SshOptions::default()
         };
-        let argv = SshDial::new(server, options).argv();
+        let argv = SshDial::new(server, options).argv(Occasion::First);
         let words = argv.iter().filter_map(|word| word.to_str());
         words
             .into_iter()
@@ -696,7 +699,7 @@ fn sessions_come_and_go_under_load() {
     rig.store().create(MIB).expect("creates");
     for _ in 0..20 {
         let dial = rig.dial.as_ref().expect("remote");
-        let stream = dial.dial().expect("starts");
+        let stream = dial.dial(Occasion::First).expect("starts");
         let handle = stream.handle.clone();
         let engine = Arc::new(Engine::start(stream, Bounds::default()).expect("starts"));
         let store = SftpStore::over(engine, &rig.remote_path(), "a");

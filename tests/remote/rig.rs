@@ -8,9 +8,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use e2ebak::link::Dial;
 use e2ebak::link::command::CommandDial;
 use e2ebak::link::ssh::{SshDial, SshOptions};
+use e2ebak::link::{Dial, Occasion};
 use e2ebak::location::{RemotePath, Server};
 use e2ebak::remote::Store;
 use e2ebak::remote::engine::{Bounds, Engine};
@@ -126,7 +126,7 @@ pub fn server_dial(server: &Path, dir: &Path, options: &[&str]) -> CommandDial {
 }
 
 pub fn engine(dial: &dyn Dial) -> Engine {
-    let stream = dial.dial().expect("starts");
+    let stream = dial.dial(Occasion::First).expect("starts");
     Engine::start(stream, Bounds::default()).unwrap_or_else(|e| panic!("{}", e.report()))
 }
 
