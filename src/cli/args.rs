@@ -1,11 +1,14 @@
 //! Arguments that several verbs share.
 
+use std::time::Duration;
+
 use clap::Args;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::LinkSettings;
 use crate::location::Location;
 use crate::ui;
+use crate::units::parse_duration;
 
 #[derive(Args)]
 pub struct ImageArgs {
@@ -32,6 +35,20 @@ pub struct LinkArgs {
         conflicts_with = "ssh_option"
     )]
     pub ssh_command: Option<String>,
+
+    /// Use this many SFTP channels, 1 to 8, instead of as many as the link asks for
+    #[arg(long, value_name = "N", help_heading = "Link", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub channels: Option<u8>,
+
+    /// How long a broken link is dialled again before the run fails: `90s`, `10m`, `2h`; 0 fails
+    /// at the first break [default: 10m]
+    #[arg(long, value_name = "DURATION", help_heading = "Link", value_parser = parse_duration)]
+    pub io_deadline: Option<Duration>,
+
+    /// How long what a broken connection had sent may still reach the server. The end of a run
+    /// waits for it [default: 30s, and 5m after a connection that fell silent]
+    #[arg(long, value_name = "DURATION", help_heading = "Link", value_parser = parse_duration)]
+    pub late_writes: Option<Duration>,
 }
 
 impl ImageArgs {
@@ -45,6 +62,9 @@ impl ImageArgs {
             ssh_options: self.link.ssh_option.clone(),
             command: self.link.ssh_command.clone(),
             interactive: ui::has_terminal(),
+            channels: self.link.channels.map(usize::from),
+            io_deadline: self.link.io_deadline,
+            late_writes: self.link.late_writes,
         }
     }
 }

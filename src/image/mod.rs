@@ -10,6 +10,7 @@
 mod create;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,8 +23,9 @@ use crate::layer::{Cache, Crypt, Overlay, cache};
 use crate::link::Dial;
 use crate::link::command::CommandDial;
 use crate::link::ssh::{SshDial, SshOptions};
-use crate::location::Location;
+use crate::location::{Location, Server};
 use crate::luks::{self, Header, Loaded};
+use crate::remote::engine::Bounds;
 use crate::remote::{self, Access, Store};
 use crate::secret::Secret;
 use crate::xts;
@@ -37,11 +39,30 @@ pub struct LinkSettings {
     pub command: Option<String>,
     /// Whether ssh may ask somebody; else it runs in batch mode.
     pub interactive: bool,
+    /// How many SFTP sessions to use; as many as the link asks for if `None`.
+    pub channels: Option<usize>,
+    /// How long a broken link is dialled again before reads and writes fail.
+    pub io_deadline: Option<Duration>,
+    /// How long writes of a broken connection are taken to be able to arrive.
+    pub late_writes: Option<Duration>,
+}
+
+impl LinkSettings {
+    fn bounds(&self) -> Bounds {
+        let usual = Bounds::default();
+        Bounds {
+            sessions: self.channels,
+            io_deadline: self.io_deadline.unwrap_or(usual.io_deadline),
+            late_after_end: self.late_writes.unwrap_or(usual.late_after_end),
+            late_after_silence: self.late_writes.unwrap_or(usual.late_after_silence),
+            ..usual
+        }
+    }
 }
 
 /// Dials the server of `location`, if it has one.
 pub fn connect(location: &Location, link: &LinkSettings) -> Result<Arc<dyn Store>> {
-    remote::connect(location, |server| -> Result<Arc<dyn Dial>> {
+    let dialler = |server: &Server| -> Result<Arc<dyn Dial>> {
         let Some(command) = &link.command else {
             let options = SshOptions {
                 options: link.ssh_options.clone(),
@@ -51,7 +72,8 @@ pub fn connect(location: &Location, link: &LinkSettings) -> Result<Arc<dyn Store
             return Ok(Arc::new(SshDial::new(server.clone(), options)));
         };
         Ok(Arc::new(CommandDial::from_line(command)?))
-    })
+    };
+    remote::connect(location, dialler, link.bounds())
 }
 
 /// An image whose header was read and judged, still locked.

@@ -45,6 +45,17 @@ pub struct Bounds {
     pub bytes_in_flight: usize,
     /// Requests in flight.
     pub requests_in_flight: usize,
+    /// How many sessions a store uses; as many as the link asks for if `None`.
+    pub sessions: Option<usize>,
+    /// How long a store tries to restore a broken link before its callers hear of it. Zero: a
+    /// session that breaks is not replaced.
+    pub io_deadline: Duration,
+    /// How long a write of a connection that has ended may still reach the file, from a buffer on
+    /// the way or in the server.
+    pub late_after_end: Duration,
+    /// The same for one that fell silent: TCP sends again what it holds for minutes after the
+    /// path has come back.
+    pub late_after_silence: Duration,
 }
 
 impl Default for Bounds {
@@ -58,6 +69,10 @@ impl Default for Bounds {
             // door.
             bytes_in_flight: 4 * MIB as usize,
             requests_in_flight: 256,
+            sessions: None,
+            io_deadline: Duration::from_secs(600),
+            late_after_end: Duration::from_secs(30),
+            late_after_silence: Duration::from_secs(300),
         }
     }
 }
@@ -69,6 +84,9 @@ const CHUNK: u64 = 128 * KIB;
 /// Payload per request when the server tells no limits: what every server must take (draft
 /// section 3).
 const CHUNK_UNLIMITED: u64 = 32 * KIB;
+
+/// Nothing is later than this, whatever was set.
+const LATE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Chunks are multiples of this, so that a whole sector is in one of them.
 const CHUNK_ALIGNMENT: u64 = 4 * KIB;
@@ -100,6 +118,7 @@ struct State {
     /// When the first of the requests now waiting was made.
     waiting_since: Option<Instant>,
     dead: Option<Told>,
+    fell_silent: bool,
 }
 
 struct Shared {
@@ -231,6 +250,16 @@ impl Engine {
             sent: self.shared.sent.load(Ordering::Relaxed),
             received: self.shared.received.load(Ordering::Relaxed),
         }
+    }
+
+    /// How long what was not answered when the session ended may still be done by the server.
+    pub fn late_writes(&self) -> Duration {
+        let bounds = self.shared.bounds;
+        let late = match self.shared.lock().fell_silent {
+            true => bounds.late_after_silence,
+            false => bounds.late_after_end,
+        };
+        late.min(LATE_MAX)
     }
 
     /// Why the session is over; `None` while it is up.
@@ -505,6 +534,7 @@ impl Shared {
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 continue;
             }
+            state.fell_silent = true;
             drop(state);
             let seconds = bound.as_secs_f32();
             let silence = Error::new(

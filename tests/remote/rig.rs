@@ -51,10 +51,18 @@ pub fn sftp_server() -> Option<PathBuf> {
     )
 }
 
+/// A session that breaks is not replaced: what it fails with is seen.
+pub fn unforgiving() -> Bounds {
+    Bounds {
+        io_deadline: Duration::ZERO,
+        ..Bounds::default()
+    }
+}
+
 /// A directory on some server, with an image at `a.img`.
 pub struct Rig {
     pub dir: TempDir,
-    pub dial: Option<Box<dyn Dial>>,
+    pub dial: Option<Arc<dyn Dial>>,
     _sshd: Option<Sshd>,
 }
 
@@ -73,7 +81,7 @@ impl Rig {
         let dial = server_dial(&sftp_server()?, dir.path(), options);
         Some(Rig {
             dir,
-            dial: Some(Box::new(dial)),
+            dial: Some(Arc::new(dial)),
             _sshd: None,
         })
     }
@@ -92,7 +100,7 @@ impl Rig {
         let dir = tempfile::tempdir().expect("a directory");
         let sshd = Sshd::start()?;
         Some(Rig {
-            dial: Some(Box::new(sshd.dial())),
+            dial: Some(Arc::new(sshd.dial())),
             dir,
             _sshd: Some(sshd),
         })
@@ -103,10 +111,14 @@ impl Rig {
     }
 
     pub fn store(&self) -> Arc<dyn Store> {
+        self.store_with(Bounds::default())
+    }
+
+    pub fn store_with(&self, bounds: Bounds) -> Arc<dyn Store> {
         match &self.dial {
             None => Arc::new(LocalStore::new(self.image())),
             Some(dial) => Arc::new(
-                SftpStore::connect(&**dial, &self.remote_path(), "nas:a.img", Bounds::default())
+                SftpStore::connect(dial.clone(), &self.remote_path(), "nas:a.img", bounds)
                     .unwrap_or_else(|e| panic!("{}", e.report())),
             ),
         }
