@@ -18,6 +18,7 @@ pub use create::{Created, Creation, create};
 
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
+use crate::layer::cache::readahead;
 use crate::layer::crypt::Segment;
 use crate::layer::{Cache, Crypt, Overlay, cache};
 use crate::link::Dial;
@@ -210,6 +211,20 @@ impl Volume {
     pub fn owed_later(&self) -> impl Fn() -> u64 + Send + use<> {
         let cache = Arc::downgrade(&self.cache);
         move || cache.upgrade().map_or(0, |cache| cache.stats().dirty_bytes)
+    }
+
+    /// Fits reading ahead to a link with this round trip and these bytes per second; for a thread
+    /// that outlives the call.
+    pub fn tune_later(&self) -> impl Fn(Duration, u64) + Send + use<> {
+        let cache = Arc::downgrade(&self.cache);
+        move |round_trip, bytes_per_second| {
+            if let Some(cache) = cache.upgrade() {
+                cache.adapt_readahead(readahead::Parameters::for_link(
+                    round_trip,
+                    bytes_per_second,
+                ));
+            }
+        }
     }
 
     /// Everything written before is on stable storage, or the error says why not.

@@ -495,7 +495,7 @@ impl Shared {
         if self.dial.is_none() {
             state.over.get_or_insert(Told::from(&why));
         } else if state.sessions.is_empty() && state.over.is_none() {
-            warn!(
+            info!(
                 "the link to {} is down: {}",
                 self.name,
                 why.chain().join(": ")

@@ -64,6 +64,12 @@ pub enum Link {
     Over(Told),
 }
 
+impl Link {
+    pub fn is_over(&self) -> bool {
+        matches!(self, Link::Over(_))
+    }
+}
+
 /// What the link has shown of itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Measured {

@@ -291,7 +291,7 @@ mod tests {
         let mut log = Unsynced::default();
         wrote(&mut log, 0, b"old", 3);
         wrote(&mut log, 10, b"new", 7);
-        assert_eq!(log.uncovered(5), [0..3]);
+        assert_eq!(log.uncovered(5), vec![0..3]);
         log.synced(5, 8);
         assert_eq!(log.bytes(), 3);
         log.begin_again(&(0..3));
@@ -327,7 +327,7 @@ mod tests {
         assert_eq!(log.bytes(), 2, "held, the other one is let go");
         assert_eq!((log.oldest(), log.uncovered(9)), (None, vec![]));
         assert!(log.end_suspicions(now).is_empty());
-        assert_eq!(log.end_suspicions(later), [0..2]);
+        assert_eq!(log.end_suspicions(later), vec![0..2]);
         log.release(&(0..2));
         log.begin_again(&(0..2));
         log.synced(1, 6);

@@ -18,15 +18,17 @@
 //! the session dies, the kernel ends the FUSE mount and everything above it.
 
 mod client;
+mod keeping;
 mod mounts;
 mod server;
 mod stage;
+mod telling;
 mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
 pub use mounts::{Closed, close_mount, enter_private};
 pub use server::serve;
-pub use wire::{Place, Plan, Status};
+pub use wire::{LinkDown, Place, Plan, Status};
 
 /// The hidden verb that the session process is started with.
 pub const VERB: &str = "session-process";

@@ -14,7 +14,7 @@ use tracing::warn;
 use super::wire::{Order, Report, receive, send};
 use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::host::{self, Means, mount, mount_table, runtime_directory};
-use crate::progress::{Event, Monitor, Progress};
+use crate::progress::{Event, Monitor};
 
 const STATE: &str = "state.json";
 const CONTROL: &str = "control";
@@ -157,11 +157,7 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Closed> {
             Some(Report::Done(_)) => return Ok(Closed::Synced),
             Some(Report::Failed(told)) => return Err(told.into()),
             Some(Report::Status(status)) => {
-                let progress = Progress {
-                    owed: Some(status.owed),
-                    sent: Some(status.sent),
-                    ..Progress::default()
-                };
+                let progress = status.progress();
                 monitor.report(Event::Progress(progress));
             }
             Some(Report::Warning(text)) => monitor.report(Event::Warning(text)),
