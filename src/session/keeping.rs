@@ -21,7 +21,7 @@ const LEASE_RENEWAL: Duration = Duration::from_secs(60);
 /// How often the server is asked for its room while something is being written.
 const ROOM_EVERY: Duration = Duration::from_secs(2);
 /// How often the thread looks at its watch.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Room on the server that is left for an orderly end: so much, or a hundredth of the filesystem
 /// where that is less. Bytes.
@@ -86,10 +86,26 @@ impl Keeping {
     }
 }
 
+/// The last look at the server's room.
+struct Asked {
+    at: Instant,
+    /// Bytes sent until then, and free then.
+    sent: u64,
+    free: u64,
+}
+
+impl Asked {
+    /// Whether so much was sent since that the room may be short by now.
+    fn is_old(&self, sent: u64) -> bool {
+        let since = sent.saturating_sub(self.sent);
+        since > 0 && (self.at.elapsed() >= ROOM_EVERY || since >= self.free / 8)
+    }
+}
+
 /// Watches the room on the server.
 #[derive(Default)]
 struct Room {
-    asked: Option<(Instant, u64)>,
+    asked: Option<Asked>,
     told: bool,
 }
 
@@ -97,18 +113,21 @@ impl Room {
     /// Tells once when what is left is needed for an orderly end.
     fn look(&mut self, store: &dyn Store, owed: u64, listeners: &Listeners) {
         let sent = store.traffic().sent;
-        let due = |(at, before): (Instant, u64)| at.elapsed() >= ROOM_EVERY && sent != before;
-        if self.told || !self.asked.is_none_or(due) {
+        if self.told || self.asked.as_ref().is_some_and(|asked| !asked.is_old(sent)) {
             return;
         }
-        self.asked = Some((Instant::now(), sent));
-        match store.space() {
-            Ok(Some(space)) if is_short(space, owed) => {
-                self.told = true;
-                listeners.tell(&Report::Full(Told::from(&full(space))));
-            }
-            Ok(_) => {}
-            Err(error) => debug!("{}", error.report()),
+        let space = store.space().unwrap_or_else(|error| {
+            debug!("{}", error.report());
+            None
+        });
+        self.asked = Some(Asked {
+            at: Instant::now(),
+            sent,
+            free: space.map_or(u64::MAX, |space| space.free),
+        });
+        if let Some(space) = space.filter(|space| is_short(*space, owed)) {
+            self.told = true;
+            listeners.tell(&Report::Full(Told::from(&full(space))));
         }
     }
 }
