@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::wire::{Order, Report, receive, send};
 use crate::error::{Attempt, Error, Kind, Result, Told};
-use crate::host::{self, Means, mount, mount_table, runtime_directory};
+use crate::host::{self, Means, Private, View, mount, mount_table, runtime_directory};
 use crate::progress::{Event, Monitor, Progress};
 
 const STATE: &str = "state.json";
@@ -114,13 +114,13 @@ fn all() -> Result<Vec<(PathBuf, Mount)>> {
 }
 
 /// Moves this process into a mount namespace of its own, without the public mounts of this user in
-/// it, so that they can be unmounted while it runs. Gives back the runtime directory, empty there.
+/// it, so that they can be unmounted while it runs.
 ///
 /// Call it before any thread is started.
 ///
 /// # Errors
 /// [`Kind::Denied`], with what is missing, when nothing can be mounted in it.
-pub fn enter_private() -> Result<PathBuf> {
+pub fn enter_private() -> Result<Private> {
     if let Means::None { why } = Means::of_this_process() {
         return Err(Error::new(Kind::Denied, why));
     }
@@ -181,7 +181,7 @@ pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Closed> {
 /// How the session failed, if it could still say so.
 fn clear_away(session: &Path, mountpoint: &Path) -> Result<Closed> {
     if mount_table::topmost(mountpoint)?.is_some() {
-        mount::unmount_lazily(mountpoint)?;
+        mount::unmount_lazily(mountpoint, View::Own)?;
     }
     let failure = failure(session);
     remove(session)?;
@@ -219,7 +219,7 @@ pub(super) fn leave_failure(session: &Path, mount: &Mount, failure: &Error) -> R
 fn remove(session: &Path) -> Result<()> {
     let fuse = session.join(FUSE);
     if mount_table::topmost(&fuse)?.is_some() {
-        mount::unmount_lazily(&fuse)?;
+        mount::unmount_lazily(&fuse, View::Own)?;
     }
     fs::remove_dir_all(session).attempt(|| format!("remove {}", session.display()))
 }

@@ -494,19 +494,3 @@ impl Ticking {
         }
     }
 }
-
-/// The directory that a session's mounts live in.
-pub(super) fn place(plan: &Plan) -> Result<(PathBuf, PathBuf)> {
-    match &plan.place {
-        Place::Private(runtime) => {
-            let mountpoint = runtime.join("filesystem");
-            std::fs::create_dir_all(&mountpoint)
-                .attempt(|| format!("create {}", mountpoint.display()))?;
-            Ok((runtime.clone(), mountpoint))
-        }
-        Place::Public(mountpoint) => {
-            let directory = mounts::session_directory(&crate::host::runtime_directory()?)?;
-            Ok((directory, mounts::lexical(mountpoint)?))
-        }
-    }
-}

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Attempt, Error, Kind, Result, Told};
+use crate::host::Private;
 use crate::image::LinkSettings;
 use crate::secret::Secret;
 
@@ -31,8 +32,8 @@ pub struct Plan {
 /// Where the filesystem appears.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Place {
-    /// In the private mount namespace that both processes are in, below this directory.
-    Private(PathBuf),
+    /// In the command's private mount namespace.
+    Private(Private),
     /// At a mountpoint that everybody sees.
     Public(PathBuf),
 }

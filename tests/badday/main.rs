@@ -7,6 +7,7 @@ mod images;
 mod links;
 mod places;
 mod signals;
+mod together;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
