@@ -224,6 +224,12 @@ fn unmount_by_fusermount(directory: &Path, how: &[&str]) -> Result<()> {
     }
 }
 
+/// Mounts the list of connections in this thread's mount namespace.
+pub fn mount_connections() -> Result<()> {
+    let mounted = rustix::mount::mount("none", CONNECTIONS, "fusectl", MountFlags::empty(), None);
+    mounted.attempt(|| "mount the list of FUSE connections")
+}
+
 pub fn abort_by_number(number: u32) -> Result<()> {
     let path = format!("{CONNECTIONS}/{number}/abort");
     let abort = || {

@@ -31,8 +31,8 @@ use tracing::{debug, info, warn};
 
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::host::View;
 use crate::host::keeper::Keeper;
+use crate::host::{View, in_private};
 use attach::Attached;
 use filesystem::VolumeFile;
 use handlers::Handlers;
@@ -176,11 +176,19 @@ impl Export {
     }
 }
 
-/// Aborts a FUSE connection from any process of the same user, by its number.
+/// Aborts a FUSE connection from any process of the same user but the one that serves it, by its
+/// number. Where the kernel's list of them is not mounted, root mounts it for a moment, out of sight.
 ///
 /// # Errors
-/// [`Kind::NotFound`] when there is no such connection, or the kernel's list of them is not
-/// mounted on `/sys/fs/fuse/connections`.
+/// [`Kind::NotFound`] when there is no such connection, or no list of them.
 pub fn abort_connection(number: u32) -> Result<()> {
-    attach::abort_by_number(number)
+    match attach::abort_by_number(number) {
+        Err(error) if error.kind() == Kind::NotFound => {
+            let listed =
+                || attach::mount_connections().and_then(|()| attach::abort_by_number(number));
+            // The first error says what is missing.
+            in_private(listed).map_err(|_| error)
+        }
+        done => done,
+    }
 }

@@ -19,4 +19,4 @@ pub use mkfs::make_ext4;
 pub use namespace::{Private, enter_private, runtime_directory};
 pub use privilege::Means;
 pub use tool::{Tool, require};
-pub use view::View;
+pub use view::{View, in_private};

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::mount::MountPropagationFlags;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 use serde::{Deserialize, Serialize};
 
@@ -54,23 +55,49 @@ impl View {
         let inside = move || {
             let go = || -> Result<()> {
                 let door = Door::of(pid)?;
-                // SAFETY: only UnshareFlags::FILES is unsafe. A thread that shares its root
-                // directory with others may not change namespaces.
-                unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
+                // A thread that shares its root directory with others may not change namespaces.
+                unshare(UnshareFlags::FS)?;
                 Ok(door.pass()?)
             };
             go().attempt(|| format!("enter the mount namespace of process {pid}"))?;
             what()
         };
-        std::thread::scope(|scope| {
-            let visitor = std::thread::Builder::new().name("visitor".into());
-            let visitor = visitor.spawn_scoped(scope, inside);
-            let visitor = visitor.attempt(|| "start a thread")?;
-            visitor.join().unwrap_or_else(|_| {
-                Err(Error::new(Kind::Io, "the thread that went inside panicked"))
-            })
-        })
+        in_thread(inside)
     }
+}
+
+/// Does something in a mount namespace that is a copy of this one, private, and gone afterwards.
+///
+/// Not for a process that serves a filesystem: it would be a member of the copy.
+///
+/// # Errors
+/// [`Kind::Denied`] for others than root.
+pub fn in_private<T: Send>(what: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let inside = || {
+        let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+        unshare(UnshareFlags::NEWNS | UnshareFlags::FS)
+            .and_then(|()| rustix::mount::mount_change("/", private))
+            .attempt(|| "make a private mount namespace")?;
+        what()
+    };
+    in_thread(inside)
+}
+
+fn in_thread<T: Send>(inside: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let visitor = std::thread::Builder::new().name("visitor".into());
+        let visitor = visitor.spawn_scoped(scope, inside);
+        let visitor = visitor.attempt(|| "start a thread")?;
+        visitor
+            .join()
+            .unwrap_or_else(|_| Err(Error::new(Kind::Io, "the thread that went inside panicked")))
+    })
+}
+
+fn unshare(what: UnshareFlags) -> rustix::io::Result<()> {
+    // SAFETY: only UnshareFlags::FILES is unsafe (descriptors of one thread unknown to another),
+    // and no caller passes it.
+    unsafe { rustix::thread::unshare_unsafe(what) }
 }
 
 fn root_of(pid: u32) -> PathBuf {

@@ -18,13 +18,15 @@
 //! the session dies, the kernel ends the FUSE mount and everything above it.
 
 mod client;
+mod close;
 mod mounts;
 mod server;
 mod stage;
 mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
-pub use mounts::{Closed, close_mount, enter_private};
+pub use close::{Closed, close_mount};
+pub use mounts::enter_private;
 pub use server::serve;
 pub use wire::{Place, Plan, Status};
 

@@ -46,7 +46,10 @@ pub(super) enum Happening {
     /// The command has ended, or wants no more.
     CommandGone,
     /// Somebody asks for an end through the control socket.
-    Control(UnixStream),
+    Control {
+        stream: UnixStream,
+        force: bool,
+    },
     /// The filesystem above was unmounted.
     Closed,
     /// SIGINT or SIGTERM to a session that runs by itself.
@@ -72,7 +75,7 @@ pub fn serve() -> ExitCode {
     };
     let outcome = server.run();
     // Who has asked for an end that was on its way is told how it went, too.
-    while let Ok(Happening::Control(stream)) = server.happenings.try_recv() {
+    while let Ok(Happening::Control { stream, .. }) = server.happenings.try_recv() {
         server.listeners.add(stream);
     }
     match outcome {
@@ -276,12 +279,13 @@ impl Server {
                 Happening::Signal => return Ok(Unmounting::Forced),
                 Happening::Order(Order::Abandon) => return Err(interrupted()),
                 Happening::LeaseLost(error) => return Err(error),
-                Happening::Control(mut stream) => {
+                Happening::Control { mut stream, force } => {
                     if let Ok(another) = stream.try_clone() {
                         self.listeners.add(another);
                     }
                     match stage.unmount() {
                         Ok(()) => return Ok(Unmounting::Done),
+                        Err(_) if force => return Ok(Unmounting::Forced),
                         // It goes away with this answer, and with it its place among the listeners.
                         Err(error) => drop(send(&mut stream, &Report::Failed(Told::from(&error)))),
                     }
@@ -373,9 +377,12 @@ fn leave_terminal(log: &Path) -> Result<()> {
 fn answer_control(listener: &UnixListener, sender: &Sender<Happening>) {
     for stream in listener.incoming().flatten() {
         let mut stream = stream;
-        if let Ok(Some(Order::Close)) = receive(&mut stream)
-            && sender.send(Happening::Control(stream)).is_err()
-        {
+        let force = match receive(&mut stream) {
+            Ok(Some(Order::Close)) => false,
+            Ok(Some(Order::Force)) => true,
+            _ => continue,
+        };
+        if sender.send(Happening::Control { stream, force }).is_err() {
             return;
         }
     }

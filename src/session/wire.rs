@@ -49,6 +49,8 @@ pub enum Order {
     Detach,
     /// Unmount, drain, sync, release the lease.
     Close,
+    /// The same, though files are open.
+    Force,
     /// End at once; what is not synced is left to the journal.
     Abandon,
 }

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod force;
 mod images;
 mod links;
 mod places;
