@@ -141,7 +141,11 @@ pub(super) fn remove(session: &Path) -> Result<()> {
     if mount_table::topmost(&fuse)?.is_some() {
         mount::unmount_lazily(&fuse, View::Own)?;
     }
-    fs::remove_dir_all(session).attempt(|| format!("remove {}", session.display()))
+    match fs::remove_dir_all(session) {
+        // The session itself was just done with it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed.attempt(|| format!("remove {}", session.display())),
+    }
 }
 
 fn state(session: &Path) -> Option<Mount> {
