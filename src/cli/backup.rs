@@ -75,7 +75,7 @@ pub fn run(args: Args) -> Result<Ending> {
     }
     host::require("rsync").attempt(doing)?;
     // Before any thread: a user namespace takes only a process that has one.
-    let runtime = session::enter_private().attempt(doing)?;
+    let private = session::enter_private().attempt(doing)?;
 
     let clock = Instant::now();
     let (signals, stop) = session::count_signals()?;
@@ -88,7 +88,7 @@ pub fn run(args: Args) -> Result<Ending> {
         link,
         read_only: false,
         wait: args.wait,
-        place: Place::Private(runtime.clone()),
+        place: Place::Private(private.clone()),
     };
     let started = Session::start(&plan, &mut keys, signals, terminal.clone());
     let session = started.inspect_err(|_| terminal.finish()).attempt(doing)?;
@@ -103,7 +103,7 @@ pub fn run(args: Args) -> Result<Ending> {
         root: session.mounted_at(),
         sources: &sources,
         filters: &filters,
-        leave_out: &never_backed_up(&location, &runtime),
+        leave_out: &never_backed_up(&location, private.directory()),
         host: &host::host_name(),
         stop: &stop,
         monitor: &*terminal,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tracing::level_filters::LevelFilter;
 
 use super::VERB;
-use super::wire::{Order, Plan, Report, Status, receive, send, send_key};
+use super::wire::{Order, Place, Plan, Report, Status, receive, send, send_key};
 use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::host::spawn::{self, Fate};
 use crate::progress::{Event, Monitor};
@@ -84,6 +84,11 @@ impl Session {
                 ..Fate::default()
             },
         );
+        if let Place::Private(private) = &plan.place
+            && let Some(door) = private.way_back()
+        {
+            spawn::start_behind(&mut command, door);
+        }
         let child = command.spawn().attempt(|| "start the session process")?;
         // The command keeps its copy of the far end no longer than this.
         drop(command);

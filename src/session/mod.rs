@@ -18,6 +18,7 @@
 //! the session dies, the kernel ends the FUSE mount and everything above it.
 
 mod client;
+mod close;
 mod keeping;
 mod mounts;
 mod server;
@@ -26,7 +27,8 @@ mod telling;
 mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
-pub use mounts::{Closed, close_mount, enter_private};
+pub use close::{Closed, close_mount};
+pub use mounts::enter_private;
 pub use server::serve;
 pub use wire::{LinkDown, Place, Plan, Status};
 

@@ -45,7 +45,10 @@ pub(super) enum Happening {
     /// The command has ended, or wants no more.
     CommandGone,
     /// Somebody asks for an end through the control socket.
-    Control(UnixStream),
+    Control {
+        stream: UnixStream,
+        force: bool,
+    },
     /// The filesystem above was unmounted.
     Closed,
     /// SIGINT or SIGTERM to a session that runs by itself.
@@ -71,7 +74,7 @@ pub fn serve() -> ExitCode {
     };
     let outcome = server.run();
     // Who has asked for an end that was on its way is told how it went, too.
-    while let Ok(Happening::Control(stream)) = server.happenings.try_recv() {
+    while let Ok(Happening::Control { stream, .. }) = server.happenings.try_recv() {
         server.listeners.add(stream);
     }
     match outcome {
@@ -296,12 +299,13 @@ impl Server {
                 Happening::Signal => return Ok(Unmounting::Forced),
                 Happening::Order(Order::Abandon) => return Err(interrupted()),
                 Happening::LeaseLost(error) => return Err(error),
-                Happening::Control(mut stream) => {
+                Happening::Control { mut stream, force } => {
                     if let Ok(another) = stream.try_clone() {
                         self.listeners.add(another);
                     }
                     match stage.unmount() {
                         Ok(()) => return Ok(Unmounting::Done),
+                        Err(_) if force => return Ok(Unmounting::Forced),
                         // It goes away with this answer, and with it its place among the listeners.
                         Err(error) => drop(send(&mut stream, &Report::Failed(Told::from(&error)))),
                     }
@@ -396,9 +400,12 @@ fn leave_terminal(log: &Path) -> Result<()> {
 fn answer_control(listener: &UnixListener, sender: &Sender<Happening>) {
     for stream in listener.incoming().flatten() {
         let mut stream = stream;
-        if let Ok(Some(Order::Close)) = receive(&mut stream)
-            && sender.send(Happening::Control(stream)).is_err()
-        {
+        let force = match receive(&mut stream) {
+            Ok(Some(Order::Close)) => false,
+            Ok(Some(Order::Force)) => true,
+            _ => continue,
+        };
+        if sender.send(Happening::Control { stream, force }).is_err() {
             return;
         }
     }
@@ -452,21 +459,5 @@ impl Listeners {
         let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain_mut(|stream| send(stream, report).is_ok());
         !listeners.is_empty()
-    }
-}
-
-/// The directory that a session's mounts live in.
-pub(super) fn place(plan: &Plan) -> Result<(PathBuf, PathBuf)> {
-    match &plan.place {
-        Place::Private(runtime) => {
-            let mountpoint = runtime.join("filesystem");
-            std::fs::create_dir_all(&mountpoint)
-                .attempt(|| format!("create {}", mountpoint.display()))?;
-            Ok((runtime.clone(), mountpoint))
-        }
-        Place::Public(mountpoint) => {
-            let directory = mounts::session_directory(&crate::host::runtime_directory()?)?;
-            Ok((directory, mounts::lexical(mountpoint)?))
-        }
     }
 }

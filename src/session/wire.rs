@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Attempt, Error, Kind, Result, Told};
+use crate::host::Private;
 use crate::image::LinkSettings;
 use crate::progress::{LinkState, Progress};
 use crate::secret::Secret;
@@ -32,8 +33,8 @@ pub struct Plan {
 /// Where the filesystem appears.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Place {
-    /// In the private mount namespace that both processes are in, below this directory.
-    Private(PathBuf),
+    /// In the command's private mount namespace.
+    Private(Private),
     /// At a mountpoint that everybody sees.
     Public(PathBuf),
 }
@@ -49,6 +50,8 @@ pub enum Order {
     Detach,
     /// Unmount, drain, sync, release the lease.
     Close,
+    /// The same, though files are open.
+    Force,
     /// End at once; what is not synced is left to the journal.
     Abandon,
 }

@@ -14,7 +14,7 @@ mod tree;
 pub use place::Place;
 pub use program::{PASSPHRASE, Program, Ran, Running};
 pub use same::{assert_same_tree, differences};
-pub use sandbox::Sandbox;
+pub use sandbox::{Sandbox, kill};
 pub use sshd::Sshd;
 pub use tree::{large_file, listening_socket, odd_tree, plain_tree};
 
