@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -105,12 +106,17 @@ fn a_connection_that_is_cut_ends_its_streams_and_is_made_anew() {
 /// Only one stream's server ends; the others go on.
 #[test]
 fn a_stream_that_the_server_ends_says_how() {
-    let script = "Subsystem sftp sh -c 'echo $$ >> /proc/self/cwd/pids; exec \"$0\"' ";
     let Some(server) = sftp_server() else { return };
     let dir = tempfile::tempdir().expect("a directory");
-    let pids = dir.path().join("pids");
-    let script = script.replace("/proc/self/cwd/pids", &pids.display().to_string());
-    let Some(sshd) = Sshd::start_with(&format!("{script}{}", server.display())) else {
+    let (pids, script) = (dir.path().join("pids"), dir.path().join("server"));
+    let text = format!(
+        "#!/bin/sh\necho $$ >> {}\nexec {}\n",
+        pids.display(),
+        server.display()
+    );
+    fs::write(&script, text).expect("written");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("set");
+    let Some(sshd) = Sshd::start_with(&format!("Subsystem sftp {}", script.display())) else {
         return;
     };
     let dial = sshd.built_in_dial();
@@ -301,13 +307,12 @@ fn a_process_that_logs_in_twice() {
     };
     let dial = BuiltInDial::new(server, options).expect("a dial");
     for occasion in [Occasion::First, Occasion::Again] {
-        match engine(&dial, occasion) {
-            Ok(engine) => drop(engine),
+        let engine = match engine(&dial, occasion) {
+            Ok(engine) => engine,
             Err(error) => return println!("{}", error.report()),
-        }
-        // Its last stream has gone; a dial keeps the connection, so it must be cut.
+        };
         fs::write(dir.join("cut"), "").expect("written");
-        until("the cut", || !dir.join("cut").exists());
+        until("the cut", || engine.dead().is_some());
     }
     println!("logged in twice");
 }
