@@ -64,7 +64,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
-    let link = args.image.link();
+    let link = args.image.link()?;
     let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, args.json)));
     let doing = || format!("cannot back up into {location}");
     let sources = snapshot::resolve_sources(&args.paths).attempt(doing)?;

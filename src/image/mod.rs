@@ -9,6 +9,7 @@
 
 mod create;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,9 @@ use crate::layer::cache::readahead;
 use crate::layer::crypt::Segment;
 use crate::layer::{Cache, Crypt, Overlay, cache};
 use crate::link::Dial;
+use crate::link::built_in::{BuiltInDial, BuiltInOptions};
 use crate::link::command::CommandDial;
+use crate::link::limit::{Limit, limited};
 use crate::link::ssh::{SshDial, SshOptions};
 use crate::location::{Location, Server};
 use crate::luks::{self, Header, Loaded};
@@ -34,10 +37,17 @@ use crate::xts;
 /// How the server is reached.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LinkSettings {
+    pub ssh: Ssh,
+    /// Where the location names none.
+    pub port: Option<u16>,
+    pub identity_file: Option<PathBuf>,
+    /// Another configuration file of ssh.
+    pub ssh_config: Option<PathBuf>,
     /// Each is passed to ssh as `-o OPTION`.
     pub ssh_options: Vec<String>,
     /// Runs instead of ssh; split into words as a shell does.
     pub command: Option<String>,
+    pub limit: Limit,
     /// Whether ssh may ask somebody; else it runs in batch mode.
     pub interactive: bool,
     /// How many SFTP sessions to use; as many as the link asks for if `None`.
@@ -61,19 +71,55 @@ impl LinkSettings {
     }
 }
 
+/// Who speaks SSH.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ssh {
+    /// The `ssh` of the system, with the user's configuration.
+    #[default]
+    System,
+    /// We do.
+    BuiltIn,
+}
+
+impl LinkSettings {
+    fn dial(&self, server: &Server) -> Result<Arc<dyn Dial>> {
+        if let Some(command) = &self.command {
+            return Ok(Arc::new(CommandDial::from_line(command)?));
+        }
+        let mut server = server.clone();
+        if let (Some(named), Some(given)) = (server.port, self.port)
+            && named != given
+        {
+            let why = format!("the location names port {named}, and --ssh-port {given}");
+            return Err(Error::new(Kind::Usage, why));
+        }
+        server.port = server.port.or(self.port);
+        Ok(match self.ssh {
+            Ssh::System => Arc::new(SshDial::new(
+                server,
+                SshOptions {
+                    identity_file: self.identity_file.clone(),
+                    config_file: self.ssh_config.clone(),
+                    options: self.ssh_options.clone(),
+                    batch: !self.interactive,
+                    ..SshOptions::default()
+                },
+            )),
+            Ssh::BuiltIn => Arc::new(BuiltInDial::new(
+                server,
+                BuiltInOptions {
+                    identity_file: self.identity_file.clone(),
+                    batch: !self.interactive,
+                    ..BuiltInOptions::default()
+                },
+            )?),
+        })
+    }
+}
+
 /// Dials the server of `location`, if it has one.
 pub fn connect(location: &Location, link: &LinkSettings) -> Result<Arc<dyn Store>> {
-    let dialler = |server: &Server| -> Result<Arc<dyn Dial>> {
-        let Some(command) = &link.command else {
-            let options = SshOptions {
-                options: link.ssh_options.clone(),
-                batch: !link.interactive,
-                ..SshOptions::default()
-            };
-            return Ok(Arc::new(SshDial::new(server.clone(), options)));
-        };
-        Ok(Arc::new(CommandDial::from_line(command)?))
-    };
+    let dialler = |server: &Server| Ok(limited(link.dial(server)?, link.limit));
     remote::connect(location, dialler, link.bounds())
 }
 
