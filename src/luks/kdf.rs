@@ -7,8 +7,8 @@ use std::fmt;
 use std::time::Duration;
 
 use argon2::{Algorithm, Argon2, Block, Params, Version};
-use zeroize::{Zeroize, Zeroizing};
 
+use crate::secret::{Pages, Secret, Use, with_clean_stack};
 use crate::units::{Bytes, KIB};
 
 use super::hash::Hash;
@@ -258,36 +258,34 @@ fn derive_argon2(
         )
     })?;
     Argon2::new(algorithm, Version::V0x13, params)
-        .hash_password_into_with_memory(passphrase, salt, out, &mut memory.0[..])
+        .hash_password_into_with_memory(passphrase, salt, out, memory.blocks())
         .map_err(|error| format!("argon2: {error}"))
 }
 
-/// Argon2's memory. It is had whole or not at all, and wiped on drop.
-struct Memory(Vec<Block>);
+/// Argon2's memory. It is had whole or not at all, kept out of core dumps, and wiped on drop.
+///
+/// The lanes touch it first, side by side; in huge pages, because its places are visited at random.
+struct Memory(Pages);
 
 impl Memory {
     fn of(blocks: usize) -> Option<Memory> {
-        let mut memory = Vec::new();
-        memory.try_reserve_exact(blocks).ok()?;
-        memory.resize(blocks, Block::new());
-        Some(Memory(memory))
+        let len = blocks.checked_mul(Block::SIZE)?;
+        Pages::zeroed(len, Use::Work).ok().map(Memory)
     }
-}
 
-impl Drop for Memory {
-    fn drop(&mut self) {
-        self.0.zeroize();
+    fn blocks(&mut self) -> &mut [Block] {
+        const { assert!(align_of::<Block>() <= Pages::ALIGNMENT && size_of::<Block>() == Block::SIZE) };
+        // SAFETY: a block is plain numbers, for which any bytes will do.
+        let (before, blocks, after) = unsafe { self.0.bytes_mut().align_to_mut() };
+        debug_assert!(before.is_empty() && after.is_empty());
+        blocks
     }
 }
 
 /// A key on its way from the derivation to the cipher.
-pub(super) fn derived(
-    kdf: &Kdf,
-    passphrase: &[u8],
-    len: usize,
-) -> Result<Zeroizing<Vec<u8>>, String> {
-    let mut key = Zeroizing::new(vec![0; len]);
-    kdf.derive(passphrase, &mut key)?;
+pub(super) fn derived(kdf: &Kdf, passphrase: &[u8], len: usize) -> Result<Secret, String> {
+    let mut key = Secret::zeroed(len);
+    with_clean_stack(|| kdf.derive(passphrase, key.bytes_mut()))?;
     Ok(key)
 }
 
@@ -356,7 +354,7 @@ mod tests {
         let mut memory = Memory::of(32).expect("32 KiB");
         let mut tag = [0; 32];
         argon2
-            .hash_password_into_with_memory(&[1; 32], &[2; 16], &mut tag, &mut memory.0[..])
+            .hash_password_into_with_memory(&[1; 32], &[2; 16], &mut tag, memory.blocks())
             .expect("runs");
         let expected = "0d640df58d78766c08c037a34a8b53c9d01ef0452d75b65eb52520e96b01e659";
         let tag: String = tag.iter().map(|byte| format!("{byte:02x}")).collect();
