@@ -339,26 +339,36 @@ mod tests {
         }
     }
 
-    /// RFC 9106 section 5.3, which also fixes that the crate reads lanes and memory as we do.
+    /// RFC 9106 sections 5.2 and 5.3, which also fix that the crate reads lanes and memory as we do.
     #[test]
-    fn argon2id_agrees_with_the_rfc() {
-        let params = argon2::ParamsBuilder::new()
-            .m_cost(32)
-            .t_cost(3)
-            .p_cost(4)
-            .data(argon2::AssociatedData::new(&[4; 12]).expect("short"))
-            .build()
-            .expect("valid");
-        let argon2 = Argon2::new_with_secret(&[3; 8], Algorithm::Argon2id, Version::V0x13, params)
-            .expect("valid");
-        let mut memory = Memory::of(32).expect("32 KiB");
-        let mut tag = [0; 32];
-        argon2
-            .hash_password_into_with_memory(&[1; 32], &[2; 16], &mut tag, memory.blocks())
-            .expect("runs");
-        let expected = "0d640df58d78766c08c037a34a8b53c9d01ef0452d75b65eb52520e96b01e659";
-        let tag: String = tag.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(tag, expected);
+    fn argon2_agrees_with_the_rfc() {
+        for (algorithm, expected) in [
+            (
+                Algorithm::Argon2i,
+                "c814d9d1dc7f37aa13f0d77f2494bda1c8de6b016dd388d29952a4c4672b6ce8",
+            ),
+            (
+                Algorithm::Argon2id,
+                "0d640df58d78766c08c037a34a8b53c9d01ef0452d75b65eb52520e96b01e659",
+            ),
+        ] {
+            let params = argon2::ParamsBuilder::new()
+                .m_cost(32)
+                .t_cost(3)
+                .p_cost(4)
+                .data(argon2::AssociatedData::new(&[4; 12]).expect("short"))
+                .build()
+                .expect("valid");
+            let argon2 = Argon2::new_with_secret(&[3; 8], algorithm, Version::V0x13, params);
+            let mut memory = Memory::of(32).expect("32 KiB");
+            let mut tag = [0; 32];
+            argon2
+                .expect("valid")
+                .hash_password_into_with_memory(&[1; 32], &[2; 16], &mut tag, memory.blocks())
+                .expect("runs");
+            let tag: String = tag.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(tag, expected, "{algorithm}");
+        }
     }
 
     #[test]

@@ -21,7 +21,8 @@ mod client;
 mod mounts;
 mod server;
 mod stage;
-mod wire;
+#[doc(hidden)] // for `fuzz/`
+pub mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
 pub use mounts::{Closed, close_mount, enter_private};
