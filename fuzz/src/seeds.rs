@@ -550,7 +550,7 @@ fn cache() -> Vec<Vec<u8>> {
     let seeds = (0..26_u8).map(|number| {
         let refuses = if number % 5 == 4 { 0x80 } else { 0 };
         let size = u32::from(number) * 25_000;
-        let head = [&[number % 13 | refuses][..], &size.to_be_bytes()].concat();
+        let head = [&[(number % 13) | refuses][..], &size.to_be_bytes()].concat();
         [head, steps(number.into(), 4 + usize::from(number) * 2)].concat()
     });
     seeds.collect()
