@@ -127,7 +127,11 @@ impl Holder {
         let comparable = self.version == VERSION
             && self.boot_id == me.boot_id
             && self.pid_namespace == me.pid_namespace;
-        let Some(pid) = Pid::from_raw(self.pid).filter(|_| self.pid > 0) else {
+        // The number is the server's word, and `from_raw` takes none below zero.
+        let Some(pid) = Some(self.pid)
+            .filter(|pid| *pid > 0)
+            .and_then(Pid::from_raw)
+        else {
             return false;
         };
         if !comparable {
@@ -511,6 +515,11 @@ mod tests {
                 ..other_start.clone()
             };
             assert!(!foreign.is_dead());
+        }
+        // Found by fuzzing: a lease that names no process at all.
+        for pid in [0, -1, i32::MIN] {
+            let nobody = Holder { pid, ..me.clone() };
+            assert!(!nobody.is_dead(), "{pid}");
         }
     }
 

@@ -24,7 +24,8 @@ mod mounts;
 mod server;
 mod stage;
 mod telling;
-mod wire;
+#[doc(hidden)] // for `fuzz/`
+pub mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
 pub use close::{Closed, close_mount};
