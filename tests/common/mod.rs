@@ -6,6 +6,7 @@
 
 mod place;
 mod program;
+mod proxy;
 mod same;
 mod sandbox;
 mod sshd;
@@ -13,6 +14,7 @@ mod tree;
 
 pub use place::Place;
 pub use program::{PASSPHRASE, Program, Ran, Running};
+pub use proxy::{Proxy, Shape};
 pub use same::{assert_same_tree, differences};
 pub use sandbox::Sandbox;
 pub use sshd::Sshd;
