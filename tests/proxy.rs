@@ -89,8 +89,8 @@ fn every_byte_arrives_in_order_and_is_counted() {
             server.write_all(piece).expect("goes");
             assert!(take(&mut client, piece.len()) == piece);
         }
-        assert_eq!(proxy.from_clients(), there.len() as u64);
-        assert_eq!(proxy.from_server(), back.len() as u64);
+        assert_eq!(proxy.sent_by_clients(), there.len() as u64);
+        assert_eq!(proxy.sent_by_server(), back.len() as u64);
         assert_eq!(proxy.connections(), 1);
         // An end is passed on, and the other direction lives.
         client.shutdown(std::net::Shutdown::Write).expect("open");
@@ -204,7 +204,7 @@ fn a_cut_resets_both_ends_and_loses_what_was_under_way() {
     for frozen in [false, true] {
         let (proxy, mut client, mut server) = connected(Shape::round_trip_ms(2_000));
         client.write_all(b"never arrives").expect("goes");
-        wait_for("the bytes", SOON, || proxy.from_clients() == 13);
+        wait_for("the bytes", SOON, || proxy.sent_by_clients() == 13);
         if frozen {
             proxy.freeze();
         }

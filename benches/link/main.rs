@@ -11,6 +11,7 @@ mod measure;
 mod ours;
 mod peers;
 mod random;
+mod recipe;
 mod report;
 mod rig;
 mod sequential;
@@ -62,6 +63,14 @@ pub struct Args {
     #[arg(long)]
     disk: bool,
 
+    /// Compares what a dropped link does instead (scripts/compare-recipe)
+    #[arg(long, hide = true)]
+    recipe: bool,
+
+    /// How long the link is down then, in seconds
+    #[arg(long, hide = true, default_value_t = 5.0)]
+    outage: f32,
+
     /// Cargo says so.
     #[arg(long, hide = true)]
     bench: bool,
@@ -90,6 +99,14 @@ fn main() {
 }
 
 fn run(args: &Args) {
+    if args.recipe {
+        let args = Args {
+            quick: true,
+            ..args.clone()
+        };
+        let outage = std::time::Duration::from_secs_f32(args.outage);
+        return recipe::compare(&Rig::new(&args), outage);
+    }
     let mut report = Report::new(args);
     if args.wants("proxy") {
         sequential::proxy_alone(&mut report);

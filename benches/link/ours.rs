@@ -31,6 +31,10 @@ pub struct Ours {
 
 impl Ours {
     pub fn mount(rig: &Rig, rtt: u64) -> Self {
+        Ours::mount_through(rig, &rig.location("image", rtt))
+    }
+
+    pub fn mount_through(rig: &Rig, location: &str) -> Self {
         let at = rig.sandbox.dir("ours");
         // Taken down also when the benchmark is killed.
         let mut command = tool("setpriv");
@@ -38,10 +42,7 @@ impl Ours {
         command
             .arg(Program::binary())
             .args(["mount", "--foreground"]);
-        command
-            .args(rig.options())
-            .arg(rig.location("image", rtt))
-            .arg(&at);
+        command.args(rig.options()).arg(location).arg(&at);
         command.env("E2EBAK_PASSPHRASE", PASSPHRASE);
         command.stdout(Stdio::piped());
         let mut child = command.spawn().expect("setpriv");

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::Args;
 use crate::common::{Place, Proxy, Sandbox, Shape, Sshd, run, tool};
@@ -189,9 +189,31 @@ impl Rig {
         self.proxy.port()
     }
 
+    /// Where the link is that can be dropped.
+    pub fn proxied(&self) -> u16 {
+        self.proxy.port()
+    }
+
+    /// Resets all connections through the proxy; for so long it takes no new ones. Returns at once
+    /// when it takes them again.
+    pub fn drop_link(&self, outage: Duration) {
+        self.proxy.refuse(true);
+        self.proxy.cut();
+        let end = Instant::now() + outage;
+        while Instant::now() < end {
+            stop::check();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.proxy.refuse(false);
+    }
+
     pub fn location(&self, name: &str, rtt: u64) -> String {
+        self.location_at(name, self.port(rtt))
+    }
+
+    pub fn location_at(&self, name: &str, port: u16) -> String {
         let path = self.stored(name);
-        format!("sftp://127.0.0.1:{}{}", self.port(rtt), path.display())
+        format!("sftp://127.0.0.1:{port}{}", path.display())
     }
 
     /// Settings of ssh with which one logs in here.

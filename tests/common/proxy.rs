@@ -144,12 +144,12 @@ impl Proxy {
     }
 
     /// Bytes taken from clients.
-    pub fn from_clients(&self) -> u64 {
+    pub fn sent_by_clients(&self) -> u64 {
         self.shared.counts[0].load(Ordering::Relaxed)
     }
 
     /// Bytes taken from the server.
-    pub fn from_server(&self) -> u64 {
+    pub fn sent_by_server(&self) -> u64 {
         self.shared.counts[1].load(Ordering::Relaxed)
     }
 
