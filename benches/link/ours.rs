@@ -44,7 +44,11 @@ impl Ours {
             .args(["mount", "--foreground"]);
         command.args(rig.options()).arg(location).arg(&at);
         command.env("E2EBAK_PASSPHRASE", PASSPHRASE);
-        command.stdout(Stdio::piped());
+        let log = rig.sandbox.path("e2ebak.log");
+        let errors = File::options().create(true).append(true).open(&log);
+        command
+            .stdout(Stdio::piped())
+            .stderr(errors.expect("a log"));
         let mut child = command.spawn().expect("setpriv");
         let mut line = String::new();
         let out = child.stdout.take().expect("a pipe");
@@ -52,7 +56,8 @@ impl Ours {
         if !line.starts_with("mounted") {
             let _ = child.kill();
             stop::check();
-            panic!("e2ebak does not mount: {:?}", child.wait());
+            let told = fs::read_to_string(log).unwrap_or_default();
+            panic!("e2ebak does not mount: {:?}\n{told}", child.wait());
         }
         let (session, pid) = session_of(&at);
         Ours {

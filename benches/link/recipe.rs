@@ -61,22 +61,15 @@ fn with_sshfs(rig: &Rig, outage: Duration, options: &[&str]) -> Outcomes {
     made.expect("room");
     run(tool("mkfs.ext4").args(["-q", "-F"]).arg(&image));
     let sshfs = Sshfs::mount_with(rig, rig.proxied(), "recipe", options);
-    let device = run(tool("losetup")
-        .args(["--find", "--show"])
-        .arg(sshfs.file("recipe.img")));
-    let device = device.trim();
     let at = rig.sandbox.dir("recipe-files");
-    run(tool("mount").arg(device).arg(&at));
+    let mounted = LoopMount::new(&sshfs.file("recipe.img"), &at);
     let mut outcomes = drop_link(rig, outage, &sshfs.file("plain"), 0, &at);
-
-    let unmounted = patiently(tool("umount").arg(&at));
-    outcomes.push(("unmounting", unmounted));
-    let _ = patiently(tool("losetup").arg("-d").arg(device));
+    outcomes.push(("unmounting", patiently(tool("umount").arg(&at))));
+    drop(mounted);
     // Whatever still waits gets an error with the end of sshfs.
     drop(sshfs);
-    let _ = patiently(tool("umount").arg("-l").arg(&at));
     let check = output(tool("e2fsck").args(["-fn"]).arg(&image));
-    let _ = patiently(tool("mount").args(["-o", "loop"]).arg(&image).arg(&at));
+    let again = LoopMount::new(&image, &at);
     let clean = match check.status.success() {
         true => "e2fsck finds nothing",
         false => "**e2fsck finds errors**",
@@ -85,8 +78,36 @@ fn with_sshfs(rig: &Rig, outage: Duration, options: &[&str]) -> Outcomes {
         "afterwards, on the server",
         format!("{clean}; {}", found(&at)),
     ));
-    let _ = patiently(tool("umount").arg(&at));
+    drop(again);
     outcomes
+}
+
+/// A filesystem in a file, mounted by way of a loop device; taken down however it ends.
+struct LoopMount<'a> {
+    device: String,
+    at: &'a Path,
+}
+
+impl<'a> LoopMount<'a> {
+    fn new(image: &Path, at: &'a Path) -> Self {
+        let device = run(tool("losetup").args(["--find", "--show"]).arg(image));
+        let mount = LoopMount {
+            device: device.trim().into(),
+            at,
+        };
+        run(tool("mount").arg(&mount.device).arg(at));
+        mount
+    }
+}
+
+impl Drop for LoopMount<'_> {
+    fn drop(&mut self) {
+        let mounted = || state_of(self.at) != NOT_MOUNTED;
+        if mounted() && patiently(tool("umount").arg(self.at)) != "ok" {
+            let _ = patiently(tool("umount").arg("-l").arg(self.at));
+        }
+        let _ = patiently(tool("losetup").arg("-d").arg(&self.device));
+    }
 }
 
 fn with_ours(rig: &Rig, outage: Duration) -> Outcomes {
@@ -173,7 +194,14 @@ fn drop_link(rig: &Rig, outage: Duration, image: &Path, base: u64, at: &Path) ->
     });
     outcomes.push(("a new file on it", new));
     thread::sleep(AFTERWARDS);
-    outcomes.push(("the filesystem 10 s later", state_of(at)));
+    let path = at.join("new later");
+    let later = attempt(move || {
+        let file = File::create(path)?;
+        (&file).write_all(&vec![3; PIECE])?;
+        file.sync_all()
+    });
+    outcomes.push(("another new file, 10 s later", later));
+    outcomes.push(("the filesystem then", state_of(at)));
     stop::check();
     outcomes
 }
@@ -214,6 +242,8 @@ fn patiently(command: &mut Command) -> String {
     }
 }
 
+const NOT_MOUNTED: &str = "**not mounted any more**";
+
 /// How the kernel has it mounted.
 fn state_of(at: &Path) -> String {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
@@ -223,7 +253,7 @@ fn state_of(at: &Path) -> String {
         .unwrap_or_default();
     let flag = |name| flags.split(',').any(|flag| flag == name);
     match (line.is_some(), flag("ro") || flag("emergency_ro")) {
-        (false, _) => "**not mounted any more**".into(),
+        (false, _) => NOT_MOUNTED.into(),
         (true, true) => "**read-only**".into(),
         (true, false) => "writable".into(),
     }
