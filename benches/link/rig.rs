@@ -39,8 +39,8 @@ pub struct Amounts {
 impl Amounts {
     fn new(quick: bool) -> Self {
         Amounts {
-            there: if quick { 32 * MIB } else { 512 * MIB },
-            scattered: if quick { 64 * MIB } else { 1024 * MIB },
+            there: if quick { 32 * MIB } else { 256 * MIB },
+            scattered: if quick { 64 * MIB } else { 512 * MIB },
             random_time: Duration::from_millis(if quick { 300 } else { 2000 }),
             quick,
         }
@@ -91,19 +91,57 @@ pub struct Rig {
     shape: Shape,
     proxy: Proxy,
     sshd: Sshd,
-    /// Last: it takes down what is left.
+    /// It takes down what is left.
     pub sandbox: Sandbox,
+    _lock: File,
+}
+
+/// The most that the server's files take, and those of the client, in bytes: three files of 1.3 GiB
+/// at most, those of sftp, and a tree.
+const STORE_MAX: u64 = 6 << 30;
+const CLIENT_MAX: u64 = 2 << 30;
+/// What must be left for everybody else while those are in memory.
+const MEMORY_LEFT: u64 = 4 << 30;
+
+/// Two at a time would measure each other, and take twice the memory.
+fn only_one() -> File {
+    let path = std::env::temp_dir().join("e2ebak-bench-link.lock");
+    let lock = File::create(&path).expect("a lock");
+    assert!(
+        lock.try_lock().is_ok(),
+        "another scripts/bench-link runs: it holds {}",
+        path.display()
+    );
+    lock
+}
+
+/// Refuses to fill the memory of a machine that has not got it.
+fn check_memory() {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+    let needed = STORE_MAX + CLIENT_MAX + MEMORY_LEFT;
+    assert!(
+        kib.unwrap_or(0) << 10 >= needed,
+        "{} GiB of memory must be free, or else use --disk",
+        needed >> 30
+    );
 }
 
 impl Rig {
     pub fn new(args: &Args) -> Self {
+        let lock = only_one();
+        if !args.disk {
+            check_memory();
+        }
         let sandbox = Sandbox::new();
-        for dir in ["store", "client"] {
+        for (dir, size) in [("store", STORE_MAX), ("client", CLIENT_MAX)] {
             let dir = sandbox.dir(dir);
             if !args.disk {
                 // So that the link is measured and not a disk.
+                let options = format!("size={size},mode=755");
                 let mut mount = tool("mount");
-                mount.args(["-t", "tmpfs", "-o", "size=12g,mode=755", "bench-link"]);
+                mount.args(["-t", "tmpfs", "-o", &options, "bench-link"]);
                 run(mount.arg(dir));
             }
         }
@@ -120,6 +158,7 @@ impl Rig {
             proxy,
             sshd,
             sandbox,
+            _lock: lock,
         };
         rig.prepare();
         rig

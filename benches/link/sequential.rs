@@ -76,7 +76,7 @@ fn one(turn: &Turn<'_>, tool: &str, write: bool) -> (f64, Duration) {
 fn by_sftp(turn: &Turn<'_>, write: bool, bytes: u64) -> Duration {
     let rig = turn.rig;
     let (here, there) = match write {
-        true => (sized(rig, rig.local("put"), bytes), rig.stored("put")),
+        true => (sized(rig, rig.local("put"), bytes), rig.stored("got")),
         false => (rig.local("got"), sized(rig, rig.stored("get"), bytes)),
     };
     let mut sftp = turn.sftp.borrow_mut();
@@ -88,14 +88,14 @@ fn by_sftp(turn: &Turn<'_>, write: bool, bytes: u64) -> Duration {
     start.elapsed()
 }
 
-/// A file of this size with the bytes of the local source; made once.
+/// A file of this size; made when the one before had another.
 fn sized(rig: &Rig, path: PathBuf, bytes: u64) -> PathBuf {
-    let path = path.with_extension(bytes.to_string());
-    if !path.exists() {
-        let source = File::open(rig.local("source")).expect("the source");
-        let mut target = File::create(&path).expect("a file");
-        std::io::copy(&mut source.take(bytes), &mut target).expect("room");
+    if path.metadata().is_ok_and(|about| about.len() == bytes) {
+        return path;
     }
+    let source = File::open(rig.stored("peer")).expect("the source");
+    let mut target = File::create(&path).expect("a file");
+    std::io::copy(&mut source.take(bytes), &mut target).expect("room");
     path
 }
 
