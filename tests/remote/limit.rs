@@ -17,7 +17,7 @@ const MIB: u64 = 1 << 20;
 
 fn stores(rig: Rig, limit: Limit, bounds: Bounds, count: usize) -> (Rig, Vec<SftpStore>) {
     let mut rig = rig;
-    let dial: Arc<dyn Dial> = Arc::from(rig.dial.take().expect("remote"));
+    let dial = rig.dial.take().expect("remote");
     let dial = limited(dial, limit);
     let store = |_| {
         let stream = dial.dial(Occasion::Again).expect("starts");
