@@ -29,7 +29,7 @@ use rig::Rig;
 ///
 /// Prints a Markdown table. Needs root, FUSE, sshd, sftp, sshfs, openssl and tar.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "scripts/bench-link")]
+#[command(name = "bench-link", bin_name = "scripts/bench-link")]
 pub struct Args {
     /// Round trips in milliseconds
     #[arg(long, value_delimiter = ',', default_value = "0,20,50")]

@@ -107,11 +107,9 @@ const MEMORY_LEFT: u64 = 4 << 30;
 fn only_one() -> File {
     let path = std::env::temp_dir().join("e2ebak-bench-link.lock");
     let lock = File::create(&path).expect("a lock");
-    assert!(
-        lock.try_lock().is_ok(),
-        "another scripts/bench-link runs: it holds {}",
-        path.display()
-    );
+    if lock.try_lock().is_err() {
+        refuse(&format!("another one runs: it holds {}", path.display()));
+    }
     lock
 }
 
@@ -121,11 +119,18 @@ fn check_memory() {
     let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
     let needed = STORE_MAX + CLIENT_MAX + MEMORY_LEFT;
-    assert!(
-        kib.unwrap_or(0) << 10 >= needed,
-        "{} GiB of memory must be free, or else use --disk",
-        needed >> 30
-    );
+    if kib.unwrap_or(0) << 10 < needed {
+        let gib = needed >> 30;
+        refuse(&format!(
+            "{gib} GiB of memory must be free, or else use --disk"
+        ));
+    }
+}
+
+/// Before anything is made.
+fn refuse(why: &str) -> ! {
+    eprintln!("error: {why}");
+    std::process::exit(1);
 }
 
 impl Rig {
