@@ -7,6 +7,10 @@ mod fake;
 mod lease;
 #[path = "remote/link.rs"]
 mod link;
+#[path = "remote/model_server.rs"]
+mod model_server;
+#[path = "remote/redial.rs"]
+mod redial;
 #[path = "remote/rig.rs"]
 mod rig;
 #[path = "remote/suite.rs"]
