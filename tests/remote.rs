@@ -11,6 +11,10 @@ mod lease;
 mod limit;
 #[path = "remote/link.rs"]
 mod link;
+#[path = "remote/model_server.rs"]
+mod model_server;
+#[path = "remote/redial.rs"]
+mod redial;
 #[path = "remote/rig.rs"]
 mod rig;
 #[path = "remote/shared.rs"]

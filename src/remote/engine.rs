@@ -94,6 +94,10 @@ const CHUNK_ALIGNMENT: u64 = 4 * KIB;
 /// Read ahead for small replies; larger ones are read in place.
 const READ_AHEAD: usize = 64 * KIB as usize;
 
+/// A connection that was silent for so long before its end may have ended for that: ssh gives up by
+/// itself, too, and then what it sent still lies in buffers on the way.
+const STALLED: Duration = Duration::from_secs(3);
+
 /// How long the rest of a text that came instead of SFTP is waited for.
 const TEXT_TIME: Duration = Duration::from_millis(200);
 
@@ -262,6 +266,13 @@ impl Engine {
         late.min(LATE_MAX)
     }
 
+    /// Ends the session, as dropping it does, for everybody who still knows it.
+    pub fn end(&self) {
+        let closed = Error::new(Kind::Disconnected, "the session was closed");
+        self.shared.die(&closed);
+        self.shared.handle.close();
+    }
+
     /// Why the session is over; `None` while it is up.
     pub fn dead(&self) -> Option<Error> {
         self.shared.lock().dead.clone().map(Error::from)
@@ -337,9 +348,7 @@ fn chunk(limit: u64) -> usize {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        let closed = Error::new(Kind::Disconnected, "the session was closed");
-        self.shared.die(&closed);
-        self.shared.handle.close();
+        self.end();
         for thread in self.threads.drain(..) {
             let _ = thread.join(); // a panic there has been reported there
         }
@@ -474,6 +483,7 @@ impl Shared {
         if state.dead.is_none() {
             debug!(cause = %cause.chain().join(": "), "the SFTP session is over");
             state.dead = Some(Told::from(cause));
+            state.fell_silent |= self.silent_for(&state) >= STALLED;
         }
         let cause = state.dead.clone();
         let abandoned = state.conversation.abandon();
@@ -512,21 +522,27 @@ impl Shared {
         }
     }
 
+    /// For how long the server has not said a word although a request waits.
+    fn silent_for(&self, state: &State) -> Duration {
+        let heard = self.born + Duration::from_millis(self.heard.load(Ordering::Relaxed));
+        let since = state.waiting_since;
+        since.map_or(Duration::ZERO, |since| since.max(heard).elapsed())
+    }
+
     /// The watchdog's life.
     fn watch(&self) {
         let mut state = self.lock();
         while state.dead.is_none() {
-            let Some(since) = state.waiting_since else {
+            if state.waiting_since.is_none() {
                 let waited = self.watch.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
                 continue;
-            };
-            let heard = self.born + Duration::from_millis(self.heard.load(Ordering::Relaxed));
+            }
             let bound = match state.busy {
                 0 => self.bounds.silence,
                 _ => self.bounds.silence_of_disk,
             };
-            let silent = since.max(heard).elapsed();
+            let silent = self.silent_for(&state);
             if silent < bound {
                 // A busy disk may end before, and then the shorter bound holds.
                 let nap = (bound - silent).min(self.bounds.silence);

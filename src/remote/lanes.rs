@@ -554,6 +554,8 @@ impl Shared {
                 .collect();
             if !ended.is_empty() || !dead.is_empty() {
                 drop(state);
+                // Somebody may still know it: it is over for them, too.
+                ended.iter().for_each(|session| session.files.engine.end());
                 drop(ended); // joins its threads
                 dead.iter().for_each(|session| self.lost(session));
                 state = self.lock();
@@ -668,7 +670,9 @@ impl Shared {
             let files = Arc::new(Files::new(Arc::new(engine)));
             for proof in proofs {
                 if let Err(error) = proof(&files) {
-                    if files.engine.dead().is_none() {
+                    // Whatever else it is may pass: a server that has just started may not have
+                    // mounted its disk yet.
+                    if matches!(error.kind(), Kind::Corrupt | Kind::InUse) {
                         disproved = Some(Told::from(&error));
                     }
                     return Err(error);

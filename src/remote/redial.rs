@@ -20,7 +20,7 @@ use super::Access;
 use super::files::OpenHandle;
 use super::lanes::{self, Errand, Lanes, Proof, Session};
 use super::packets::Chunk;
-use super::unsynced::Unsynced;
+use super::unsynced::{Unsynced, lay_over};
 use super::{transfer, verdict};
 use crate::device::{Caps, Device, Discard, Durability, check_range};
 use crate::error::{Attempt, Error, Kind, Result};
@@ -44,11 +44,17 @@ const PIECE: usize = 4 * MIB as usize;
 /// How often the flushing thread looks at its watch.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// How often the one that waits for late writes looks.
+const SETTLE_LOOK_MIN: Duration = Duration::from_millis(5);
+const SETTLE_LOOK_MAX: Duration = Duration::from_secs(1);
+
 /// What tells the image from any other file.
 struct Identity {
     /// Of the LUKS2 header; `None` where there is none yet.
     uuid: Mutex<Option<String>>,
     size: AtomicU64,
+    /// While it is being resized it may have either of two sizes, also after a break.
+    sizes: Mutex<Vec<u64>>,
 }
 
 struct Shared {
@@ -68,6 +74,8 @@ struct Shared {
     work: Condvar,
     /// Held by the one that flushes.
     flushing: Mutex<()>,
+    /// Held by the one that resizes; until when a resizing that broke may still be done.
+    resizing: Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
@@ -112,6 +120,7 @@ impl Redial {
         let identity = Arc::new(Identity {
             uuid: Mutex::new(None),
             size: AtomicU64::new(size),
+            sizes: Mutex::new(vec![size]),
         });
         lanes.demand("image", Some(proof(identity.clone(), path.clone())));
         let shared = Arc::new(Shared {
@@ -126,6 +135,7 @@ impl Redial {
             freed: Condvar::new(),
             work: Condvar::new(),
             flushing: Mutex::new(()),
+            resizing: Mutex::new(None),
         });
         let flusher = match access {
             Access::ReadOnly => None,
@@ -186,8 +196,12 @@ fn proof(identity: Arc<Identity>, path: RemotePath) -> Proof {
         let handle = files
             .open(path.as_str(), OpenFlags::READ)
             .attempt(|| "open the image again")?;
-        let (size, known) = (size_of(&handle)?, identity.size.load(Ordering::Acquire));
-        if size != known {
+        // Before and after: somebody may resize it meanwhile.
+        let mut known = lock(&identity.sizes).clone();
+        let size = size_of(&handle)?;
+        known.extend_from_slice(&lock(&identity.sizes));
+        if !known.contains(&size) {
+            let known = identity.size.load(Ordering::Acquire);
             return Err(other(format!(
                 "the image is {size} bytes long now, and was {known} bytes before the link broke"
             )));
@@ -250,27 +264,35 @@ impl Shared {
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let range = offset..offset + buf.len() as u64;
+        // Kept before: it may be let go while the server's older data are still on their way here.
+        let before = lock(&self.kept).log.pieces(&range);
         self.lanes.run(Errand::Read(buf.len()), |session| {
             let handle = self.handle(session)?;
             transfer::read_exact_at(&session.files.engine, handle.bytes(), buf, offset)
         })?;
-        lock(&self.kept).log.patch(buf, offset);
-        // The header is read before anything is written: from then on it is known.
-        if offset == 0 && buf.len() >= luks::HEAD_BYTES {
-            let uuid = luks::uuid_of(buf);
-            *lock(&self.identity.uuid) = uuid;
+        let after = lock(&self.kept).log.pieces(&range);
+        // A header that is not synced yet may be forgotten by the server.
+        let is_synced = before.is_empty() && after.is_empty();
+        if offset == 0 && buf.len() >= luks::HEAD_BYTES && is_synced {
+            *lock(&self.identity.uuid) = luks::uuid_of(buf);
         }
+        lay_over(buf, offset, &before);
+        lay_over(buf, offset, &after);
         Ok(())
     }
 
     fn write(&self, data: &[u8], offset: u64) -> Result<()> {
-        let bytes = Arc::new(data.to_vec());
-        for start in (0..data.len()).step_by(PIECE) {
+        let mut at = offset;
+        for piece in data.chunks(PIECE) {
+            // A buffer for each: a flush lets go of them one by one.
             let piece = Chunk {
-                bytes: bytes.clone(),
-                range: start..data.len().min(start + PIECE),
+                bytes: Arc::new(piece.to_vec()),
+                range: 0..piece.len(),
             };
-            self.write_piece(piece, offset + start as u64)?;
+            let len = piece.range.len() as u64;
+            self.write_piece(piece, at)?;
+            at += len;
         }
         Ok(())
     }
@@ -299,11 +321,16 @@ impl Shared {
             self.work.notify_all();
         }
         drop(kept);
-        self.send(&range, &data)
+        self.send(&range, &data, Unsynced::refused)
     }
 
-    /// Sends a range that was put on its way.
-    fn send(&self, range: &Range<u64>, data: &Chunk) -> Result<()> {
+    /// Sends a range that was put on its way; `refused` notes that the server does not take it.
+    fn send(
+        &self,
+        range: &Range<u64>,
+        data: &Chunk,
+        refused: fn(&mut Unsynced, &Range<u64>),
+    ) -> Result<()> {
         let sent = self.lanes.run(Errand::Write(data.range.len()), |session| {
             let handle = self.handle(session)?;
             let sent = self.lanes.tick();
@@ -322,7 +349,7 @@ impl Shared {
                 Ok(())
             }
             Err(error) => {
-                kept.log.refused(range);
+                refused(&mut kept.log, range);
                 Err(error)
             }
         };
@@ -331,21 +358,18 @@ impl Shared {
         outcome
     }
 
-    /// Sends what is kept of a range once more, if `wanted` still says so when its turn has come.
-    fn send_again(
-        &self,
-        range: &Range<u64>,
-        wanted: impl FnOnce(&mut Unsynced) -> bool,
-    ) -> Result<()> {
+    /// Sends what is kept of a range once more, unless a flush on the session `number` covers it
+    /// when its turn has come: newer data may have been sent meanwhile.
+    fn send_again(&self, range: &Range<u64>, number: u64) -> Result<()> {
         let mut kept = lock(&self.kept);
-        while kept.log.is_busy(range) {
+        while kept.log.is_uncovered(range, number) && kept.log.is_busy(range) {
             if let Some(why) = self.lanes.over() {
                 return Err(why);
             }
             let waited = self.freed.wait_timeout(kept, LOOK_EVERY);
             kept = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        if !wanted(&mut kept.log) {
+        if !kept.log.is_uncovered(range, number) {
             return Ok(());
         }
         let pieces = kept.log.begin_again(range);
@@ -353,7 +377,8 @@ impl Shared {
         let mut outcome = Ok(());
         for (offset, data) in pieces {
             let range = offset..offset + data.range.len() as u64;
-            outcome = outcome.and(self.send(&range, &data));
+            // Every one of them is on its way: on failure, too, each has to be taken off it.
+            outcome = outcome.and(self.send(&range, &data, Unsynced::refused_again));
         }
         outcome
     }
@@ -372,8 +397,7 @@ impl Shared {
                 debug!(ranges = uncovered.len(), "sending again what may be lost");
             }
             for range in &uncovered {
-                // Newer data may have come for it meanwhile.
-                self.send_again(range, |log| log.is_uncovered(range, session.number))?;
+                self.send_again(range, session.number)?;
             }
             let begun = self.lanes.tick();
             match self.handle(session).and_then(|handle| handle.sync()) {
@@ -383,7 +407,10 @@ impl Shared {
                     self.lanes.lost(session, since, &error)?;
                     continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    lock(&self.kept).log.doubt();
+                    return Err(error);
+                }
             }
             let mut kept = lock(&self.kept);
             kept.log.synced(session.number, begun);
@@ -397,31 +424,24 @@ impl Shared {
     /// The flushing thread's life.
     fn flush_by_and_by(&self) {
         let mut kept = lock(&self.kept);
+        let mut not_before = Instant::now();
         while !kept.closed {
+            if kept.log.end_suspicions(Instant::now()) {
+                debug!("no late writes any more: writing once more what was held");
+                kept.since.get_or_insert_with(Instant::now);
+                not_before = Instant::now();
+            }
             let old = kept
                 .since
                 .is_some_and(|since| since.elapsed() >= FLUSH_AFTER);
             let much = kept.log.bytes() >= FLUSH_ABOVE && kept.log.oldest().is_some();
-            if (old || much) && self.lanes.over().is_none() {
+            let may = Instant::now() >= not_before && self.lanes.over().is_none();
+            if (old || much) && may {
                 drop(kept);
                 if let Err(error) = self.flush() {
                     // Whoever flushes next hears of it, or of what comes of it.
                     warn!("cannot sync {}: {}", self.name, error.chain().join(": "));
-                    thread::sleep(LOOK_EVERY);
-                }
-                kept = lock(&self.kept);
-                continue;
-            }
-            let free = kept.log.end_suspicions(Instant::now());
-            if !free.is_empty() {
-                drop(kept);
-                if let Err(error) = self.write_once_more(&free) {
-                    warn!(
-                        "cannot write {} once more: {}",
-                        self.name,
-                        error.chain().join(": ")
-                    );
-                    thread::sleep(LOOK_EVERY);
+                    not_before = Instant::now() + FLUSH_AFTER;
                 }
                 kept = lock(&self.kept);
                 continue;
@@ -431,39 +451,55 @@ impl Shared {
         }
     }
 
-    /// What lies where late writes may have landed.
-    fn write_once_more(&self, ranges: &[Range<u64>]) -> Result<()> {
-        debug!(ranges = ranges.len(), "no late writes any more");
-        for range in ranges {
-            self.send_again(range, |log| {
-                log.release(range);
-                true
-            })?;
-        }
-        self.flush()
-    }
-
     fn settle(&self, tell: &dyn Fn(Duration)) -> Result<()> {
         loop {
-            let (until, held) = {
+            let (until, holds) = {
                 let mut kept = lock(&self.kept);
-                let free = kept.log.end_suspicions(Instant::now());
-                (kept.log.suspicious_until(), free)
+                kept.log.end_suspicions(Instant::now());
+                (kept.log.suspicious_until(), kept.log.holds())
             };
-            if !held.is_empty() {
-                self.write_once_more(&held)?;
-                continue;
-            }
-            let Some(until) = until else {
+            if until.is_none() && !holds {
                 return self.flush();
-            };
+            }
             if let Some(why) = self.lanes.over() {
                 return Err(why);
             }
-            let left = until.saturating_duration_since(Instant::now());
-            tell(left);
-            thread::sleep(left.min(Duration::from_secs(1)));
+            // Held without a suspicion is what is on its way at this moment.
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let left = left.unwrap_or_default();
+            if !left.is_zero() {
+                tell(left);
+            }
+            thread::sleep(left.clamp(SETTLE_LOOK_MIN, SETTLE_LOOK_MAX));
         }
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        let mut late = lock(&self.resizing);
+        // A late resizing would cut off what is written after this one.
+        while let Some(until) = *late {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                *late = None;
+            } else if let Some(why) = self.lanes.over() {
+                return Err(why);
+            }
+            thread::sleep(left.min(SETTLE_LOOK_MAX));
+        }
+        lock(&self.identity.sizes).push(size);
+        // Synced at once: a server that restarts may not forget it.
+        self.lanes.run(Errand::Control, |session| {
+            let handle = self.handle(session)?;
+            let resized = handle.set_size(size);
+            if resized.is_err() && session.is_dead() {
+                *late = Some(Instant::now() + session.files.engine.late_writes());
+            }
+            resized.and_then(|()| handle.sync())
+        })?;
+        self.identity.size.store(size, Ordering::Release);
+        *lock(&self.identity.sizes) = vec![size];
+        lock(&self.kept).log.truncate(size);
+        Ok(())
     }
 
     fn look_for_room(&self, error: Error) -> Error {
@@ -537,16 +573,8 @@ impl Device for Redial {
     fn resize(&self, size: u64) -> Result<()> {
         let shared = &self.shared;
         shared.check_writable()?;
-        // Synced at once: a server that restarts may not forget it.
         shared
-            .lanes
-            .run(Errand::Control, |session| {
-                let handle = shared.handle(session)?;
-                handle.set_size(size)?;
-                shared.identity.size.store(size, Ordering::Release);
-                lock(&shared.kept).log.truncate(size);
-                handle.sync()
-            })
+            .resize(size)
             .map_err(|error| shared.look_for_room(error))
             .attempt(|| format!("resize {} to {size} bytes", shared.name))
     }

@@ -1,7 +1,8 @@
 //! An image behind SFTP, and its side files.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::engine::{Bounds, Engine};
 use super::files::{Files, OpenHandle, directory_of};
@@ -16,6 +17,9 @@ use crate::error::{Attempt, Error, Kind, Result};
 use crate::link::Dial;
 use crate::location::RemotePath;
 use crate::sftp::{Code, Extended, Extension, OpenFlags, Reply, Request, Status};
+
+/// How often is looked whether a late removal was done.
+const LATE_LOOK: Duration = Duration::from_secs(1);
 
 /// The image at a path of one server.
 pub struct SftpStore {
@@ -276,7 +280,31 @@ impl Store for SftpStore {
     }
 
     fn remove_side(&self, suffix: &str) -> Result<()> {
-        self.on(|on| on.files.remove_if_there(on.side(suffix).as_str()))
+        let path = self.path.with_suffix(suffix);
+        let mut late = None;
+        let remove = |session: &Arc<Session>| {
+            let files = &session.files;
+            // One that broke may still be done, and must not hit what somebody makes after ours
+            // is gone: so ours stays until that has passed.
+            while let Some(until) = late {
+                match files.stat(path.as_str()) {
+                    Err(error) if error.kind() == Kind::NotFound => return Ok(()),
+                    other => other?,
+                };
+                let left = Instant::saturating_duration_since(&until, Instant::now());
+                if left.is_zero() {
+                    late = None;
+                }
+                thread::sleep(left.min(LATE_LOOK));
+            }
+            let removed = files.remove_if_there(path.as_str());
+            if removed.is_err() && session.is_dead() {
+                late = Some(Instant::now() + files.engine.late_writes());
+            }
+            removed
+        };
+        self.lanes
+            .run(Errand::Control, remove)
             .attempt(|| format!("remove {}", self.side_name(suffix)))
     }
 

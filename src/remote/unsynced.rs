@@ -15,6 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::packets::Chunk;
@@ -26,15 +27,19 @@ struct Answered {
     at: u64,
 }
 
+/// Older than every session: no flush covers it before it is sent again.
+const LOST: Answered = Answered { sent: 0, at: 0 };
+
 #[derive(Clone, Debug)]
 struct Entry {
     data: Chunk,
-    /// `None` until it is answered.
-    answered: Option<Answered>,
+    /// On its way to the server.
+    sending: bool,
+    /// What a flush has yet to cover: the data, once they are answered; while they are on their
+    /// way, what had been answered in their place.
+    owed: Option<Answered>,
     /// It lies over a suspect range.
     held: bool,
-    /// Nothing is to be done for it until the suspicion ends.
-    synced: bool,
 }
 
 impl Entry {
@@ -42,9 +47,14 @@ impl Entry {
         self.data.range.len() as u64
     }
 
-    /// Whether it was sent before the session `number` was up, and no flush has covered it.
+    /// Whether a flush on the session `number` would leave something of it uncovered.
     fn is_older(&self, number: u64) -> bool {
-        !self.synced && self.answered.is_some_and(|a| a.sent < number)
+        self.owed.is_some_and(|owed| owed.sent < number)
+    }
+
+    /// Nothing is to be done for it but to wait for the end of a suspicion.
+    fn rests(&self) -> bool {
+        !self.sending && self.owed.is_none()
     }
 }
 
@@ -52,6 +62,21 @@ impl Entry {
 struct Suspect {
     range: Range<u64>,
     until: Instant,
+}
+
+fn is_suspect(suspects: &[Suspect], range: &Range<u64>) -> bool {
+    let overlaps = |s: &Suspect| s.range.start < range.end && range.start < s.range.end;
+    suspects.iter().any(overlaps)
+}
+
+/// Puts pieces, each with its offset, over a buffer that begins at `offset`.
+pub fn lay_over(buf: &mut [u8], offset: u64, pieces: &[(u64, Chunk)]) {
+    for (at, data) in pieces {
+        let start = (at - offset) as usize;
+        if let Some(into) = buf.get_mut(start..start + data.range.len()) {
+            into.copy_from_slice(data.as_slice());
+        }
+    }
 }
 
 /// See the [module](self).
@@ -73,7 +98,7 @@ impl Unsynced {
 
     /// Whether anything awaits an answer or a flush.
     pub fn owes(&self) -> bool {
-        self.entries.values().any(|entry| !entry.synced)
+        self.entries.values().any(|entry| !entry.rests())
     }
 
     /// Whether any of the range is on its way to the server: a place is so only once at a time.
@@ -85,25 +110,35 @@ impl Unsynced {
     /// Takes new data and puts its range on its way. The range must not be busy.
     pub fn begin(&mut self, offset: u64, data: Chunk) {
         let range = offset..offset + data.range.len() as u64;
-        let held = self.is_suspect(&range);
+        self.split(range.start);
+        self.split(range.end);
+        let before = self.entries.range(range.clone());
+        let owed = before.filter_map(|(_, entry)| entry.owed).reduce(|a, b| {
+            let (sent, at) = (a.sent.min(b.sent), a.at.max(b.at));
+            Answered { sent, at }
+        });
         self.cut_out(&range);
         self.bytes += data.range.len() as u64;
         self.in_flight.insert(range.start, range.end);
         let entry = Entry {
             data,
-            answered: None,
-            held,
-            synced: false,
+            sending: true,
+            owed,
+            held: is_suspect(&self.suspects, &range),
         };
         self.entries.insert(offset, entry);
     }
 
     /// Puts what is kept of a range on its way once more, piece by piece. None of it may be busy.
     pub fn begin_again(&mut self, range: &Range<u64>) -> Vec<(u64, Chunk)> {
-        let pieces = self.pieces(range);
-        for (offset, data) in &pieces {
-            let end = offset + data.range.len() as u64;
-            self.in_flight.insert(*offset, end);
+        // So that what is marked as sent is what is sent, no more.
+        self.split(range.start);
+        self.split(range.end);
+        let mut pieces = Vec::new();
+        for (offset, entry) in self.entries.range_mut(range.clone()) {
+            entry.sending = true;
+            self.in_flight.insert(*offset, offset + entry.len());
+            pieces.push((*offset, entry.data.clone()));
         }
         pieces
     }
@@ -111,9 +146,20 @@ impl Unsynced {
     /// The data of `range`, sent under the number `sent`, were answered when the counter stood at
     /// `at`.
     pub fn answered(&mut self, range: &Range<u64>, sent: u64, at: u64) {
+        self.arrived(range, Answered { sent, at });
+    }
+
+    /// A write of `range` that had been answered before was refused when it was sent again. It
+    /// may be tried once more.
+    pub fn refused_again(&mut self, range: &Range<u64>) {
+        self.arrived(range, LOST);
+    }
+
+    fn arrived(&mut self, range: &Range<u64>, owed: Answered) {
         self.in_flight.remove(&range.start);
-        for (_, entry) in self.entries.range_mut(range.start..range.end) {
-            entry.answered = Some(Answered { sent, at });
+        for (_, entry) in self.entries.range_mut(range.clone()) {
+            entry.sending = false;
+            entry.owed = Some(owed);
         }
     }
 
@@ -128,6 +174,14 @@ impl Unsynced {
         self.cut_out(&(size..u64::MAX));
     }
 
+    /// A flush has failed: the server may have dropped what it could not store, and would not say
+    /// so a second time. All that it should have covered is to be sent again.
+    pub fn doubt(&mut self) {
+        for owed in self.entries.values_mut().filter_map(|e| e.owed.as_mut()) {
+            *owed = LOST;
+        }
+    }
+
     /// The connection that carried `range` broke before the answer; what it carried may still
     /// arrive until `until`.
     pub fn suspect(&mut self, range: Range<u64>, until: Instant) {
@@ -138,39 +192,35 @@ impl Unsynced {
         self.suspects.push(Suspect { range, until });
     }
 
-    fn is_suspect(&self, range: &Range<u64>) -> bool {
-        let overlaps = |s: &Suspect| s.range.start < range.end && range.start < s.range.end;
-        self.suspects.iter().any(overlaps)
-    }
-
     /// When the last suspicion ends; `None` when there is none.
     pub fn suspicious_until(&self) -> Option<Instant> {
         self.suspects.iter().map(|suspect| suspect.until).max()
     }
 
-    /// Lets suspicions end, and gives the held ranges that are free of them now: they are to be
-    /// sent once more.
-    pub fn end_suspicions(&mut self, now: Instant) -> Vec<Range<u64>> {
-        self.suspects.retain(|suspect| suspect.until > now);
-        let held = self.entries.iter().filter(|(_, entry)| entry.held);
-        let ranges: Vec<_> = held
-            .map(|(offset, entry)| *offset..offset + entry.len())
-            .collect();
-        let free = |range: &Range<u64>| !self.is_suspect(range);
-        ranges.into_iter().filter(free).collect()
+    /// Whether anything has to be written once more at the end of a suspicion.
+    pub fn holds(&self) -> bool {
+        self.entries.values().any(|entry| entry.held)
     }
 
-    /// The range is on its way for the last time: the next flush may let go of it.
-    pub fn release(&mut self, range: &Range<u64>) {
-        for (_, entry) in self.entries.range_mut(range.start..range.end) {
-            entry.held = false;
-            entry.synced = false;
-            entry.answered = None;
+    /// Lets suspicions end. What was held for them alone counts as lost from then on, so that the
+    /// next flush sends it once more; whether there is such. What is on its way right now may have
+    /// arrived before a late write did, and stays held until it is answered.
+    pub fn end_suspicions(&mut self, now: Instant) -> bool {
+        self.suspects.retain(|suspect| suspect.until > now);
+        let mut freed = false;
+        for (offset, entry) in &mut self.entries {
+            let range = *offset..*offset + entry.len();
+            if entry.held && !entry.sending && !is_suspect(&self.suspects, &range) {
+                entry.held = false;
+                entry.owed = Some(LOST);
+                freed = true;
+            }
         }
+        freed
     }
 
     /// What is kept of `range`, in order.
-    fn pieces(&self, range: &Range<u64>) -> Vec<(u64, Chunk)> {
+    pub fn pieces(&self, range: &Range<u64>) -> Vec<(u64, Chunk)> {
         let first = self.entries.range(..range.start).next_back();
         let first = first.filter(|(offset, entry)| **offset + entry.len() > range.start);
         let rest = self.entries.range(range.start..range.end);
@@ -182,28 +232,15 @@ impl Unsynced {
         first.into_iter().chain(rest).map(cut).collect()
     }
 
-    /// Puts what is kept over what the server gave for `offset`.
-    pub fn patch(&self, buf: &mut [u8], offset: u64) {
-        if self.entries.is_empty() {
-            return;
-        }
-        let range = offset..offset + buf.len() as u64;
-        for (at, data) in self.pieces(&range) {
-            let start = (at - offset) as usize;
-            if let Some(into) = buf.get_mut(start..start + data.range.len()) {
-                into.copy_from_slice(data.as_slice());
-            }
-        }
-    }
-
-    /// Whether any of a range is an answered write that a flush on the session `number` would not
-    /// cover.
+    /// Whether a flush on the session `number` would not cover all of a range.
     pub fn is_uncovered(&self, range: &Range<u64>, number: u64) -> bool {
-        let mut entries = self.entries.range(range.start..range.end);
+        let first = self.entries.range(..range.start).next_back();
+        let first = first.filter(|(offset, entry)| **offset + entry.len() > range.start);
+        let mut entries = first.into_iter().chain(self.entries.range(range.clone()));
         entries.any(|(_, entry)| entry.is_older(number))
     }
 
-    /// The ranges of answered writes that a flush on the session `number` would not cover.
+    /// The ranges of which a flush on the session `number` would not cover all.
     pub fn uncovered(&self, number: u64) -> Vec<Range<u64>> {
         let entries = self.entries.iter();
         entries
@@ -212,21 +249,22 @@ impl Unsynced {
             .collect()
     }
 
-    /// The lowest number under which an answered write was sent.
+    /// The number below which a session covers the most; `None` when there is nothing to flush.
     pub fn oldest(&self) -> Option<u64> {
-        let owed = self.entries.values().filter(|entry| !entry.synced);
-        owed.filter_map(|entry| Some(entry.answered?.sent)).min()
+        let owed = self.entries.values().filter_map(|entry| entry.owed);
+        // What is sent again anyway is covered by any session.
+        owed.map(|owed| if owed.sent > 0 { owed.sent } else { u64::MAX })
+            .min()
     }
 
     /// A flush on the session `number` has succeeded; when it began, the counter stood at `begun`.
     pub fn synced(&mut self, number: u64, begun: u64) {
         let mut gone = 0;
         self.entries.retain(|_, entry| {
-            let covered = entry
-                .answered
-                .is_some_and(|a| number < a.sent && a.at < begun);
-            entry.synced |= covered;
-            let keep = entry.held || !covered;
+            if entry.owed.is_some_and(|o| number < o.sent && o.at < begun) {
+                entry.owed = None;
+            }
+            let keep = entry.held || !entry.rests();
             if !keep {
                 gone += entry.len();
             }
@@ -235,35 +273,37 @@ impl Unsynced {
         self.bytes -= gone;
     }
 
+    /// Has an entry begin at `at`, if one lies there.
+    fn split(&mut self, at: u64) {
+        let before = self.entries.range_mut(..at).next_back();
+        let Some((offset, entry)) = before.filter(|(offset, e)| **offset + e.len() > at) else {
+            return;
+        };
+        let (middle, end) = ((at - offset) as usize, entry.data.range.len());
+        let mut rest = entry.clone();
+        rest.data = compact(entry.data.part(middle, end));
+        entry.data = compact(entry.data.part(0, middle));
+        self.entries.insert(at, rest);
+    }
+
     /// Removes a range; of an entry that reaches beyond it, the rest stays.
     fn cut_out(&mut self, range: &Range<u64>) {
-        let before = self.entries.range(..range.end).rev();
-        let overlapping = before.take_while(|(offset, entry)| **offset + entry.len() > range.start);
-        let offsets: Vec<u64> = overlapping.map(|(offset, _)| *offset).collect();
-        for offset in offsets {
-            let Some(entry) = self.entries.remove(&offset) else {
-                continue;
-            };
-            let end = offset + entry.len();
-            self.bytes -= entry.len();
-            let mut keep = |from: u64, to: u64| {
-                let data = entry
-                    .data
-                    .part((from - offset) as usize, (to - offset) as usize);
-                let rest = Entry {
-                    data,
-                    ..entry.clone()
-                };
-                self.bytes += rest.len();
-                self.entries.insert(from, rest);
-            };
-            if offset < range.start {
-                keep(offset, range.start);
-            }
-            if range.end < end {
-                keep(range.end, end);
-            }
-        }
+        self.split(range.start);
+        self.split(range.end);
+        let inside = self.entries.extract_if(range.clone(), |_, _| true);
+        self.bytes -= inside.map(|(_, entry)| entry.len()).sum::<u64>();
+    }
+}
+
+/// Lets go of a buffer of which little is left: what is kept is bounded by its visible bytes.
+fn compact(data: Chunk) -> Chunk {
+    let len = data.range.len();
+    if len >= data.bytes.len() / 2 {
+        return data;
+    }
+    Chunk {
+        bytes: Arc::new(data.as_slice().to_vec()),
+        range: 0..len,
     }
 }
 
@@ -271,7 +311,6 @@ impl Unsynced {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::sync::Arc;
     use std::time::Duration;
 
     fn slice(bytes: &[u8]) -> Chunk {
@@ -326,15 +365,82 @@ mod tests {
         log.synced(1, 5);
         assert_eq!(log.bytes(), 2, "held, the other one is let go");
         assert_eq!((log.oldest(), log.uncovered(9)), (None, vec![]));
-        assert!(log.end_suspicions(now).is_empty());
-        assert_eq!(log.end_suspicions(later), vec![0..2]);
-        log.release(&(0..2));
+        assert!(!log.end_suspicions(now) && log.holds());
+        assert!(log.end_suspicions(later) && !log.holds());
+        assert_eq!(
+            (log.oldest(), log.uncovered(1)),
+            (Some(u64::MAX), vec![0..2])
+        );
         log.begin_again(&(0..2));
         log.synced(1, 6);
         assert_eq!(log.bytes(), 2, "on its way once more");
         log.answered(&(0..2), 6, 6);
         log.synced(1, 7);
         assert!(log.bytes() == 0 && log.suspicious_until().is_none());
+    }
+
+    #[test]
+    fn sent_again_in_part_the_rest_is_still_older() {
+        let mut log = Unsynced::default();
+        wrote(&mut log, 0, b"0123456789", 3);
+        log.begin_again(&(4..6));
+        log.answered(&(4..6), 8, 8);
+        assert_eq!(log.uncovered(5), [0..4, 6..10]);
+        log.synced(5, 9);
+        assert_eq!(log.bytes(), 8);
+    }
+
+    #[test]
+    fn what_is_written_over_is_owed_until_the_new_data_are_answered() {
+        let mut log = Unsynced::default();
+        wrote(&mut log, 0, b"old", 3);
+        log.begin(0, slice(b"newer"));
+        // Either of the two must be stored by a flush that begins now.
+        assert_eq!((log.oldest(), log.uncovered(5)), (Some(3), vec![0..5]));
+        log.synced(1, 4);
+        assert_eq!((log.oldest(), log.bytes()), (None, 5));
+        log.answered(&(0..5), 6, 7);
+        assert_eq!(log.oldest(), Some(6));
+    }
+
+    #[test]
+    fn after_a_failed_flush_everything_is_sent_again() {
+        let mut log = Unsynced::default();
+        wrote(&mut log, 0, b"data", 3);
+        log.doubt();
+        log.synced(1, 4);
+        assert_eq!((log.bytes(), log.uncovered(1)), (4, vec![0..4]));
+        // Refused then, it is not forgotten either.
+        log.begin_again(&(0..4));
+        log.refused_again(&(0..4));
+        assert_eq!((log.bytes(), log.uncovered(1)), (4, vec![0..4]));
+        assert!(!log.is_busy(&(0..4)));
+    }
+
+    #[test]
+    fn one_suspicion_less_does_not_release_what_lies_over_another() {
+        let mut log = Unsynced::default();
+        let now = Instant::now();
+        let at = |seconds| now + Duration::from_secs(seconds);
+        log.suspect(0..4, at(1));
+        log.suspect(6..8, at(9));
+        wrote(&mut log, 2, b"across", 2);
+        log.synced(1, 3);
+        assert!(!log.end_suspicions(at(5)) && log.holds());
+        // On its way while the last one ends: it may have arrived before a late write.
+        log.begin(2, slice(b"across"));
+        assert!(!log.end_suspicions(at(10)) && log.holds());
+        log.answered(&(2..8), 4, 4);
+        assert!(log.end_suspicions(at(10)) && !log.holds());
+    }
+
+    #[test]
+    fn a_small_rest_does_not_keep_a_large_buffer() {
+        let mut log = Unsynced::default();
+        wrote(&mut log, 0, &[1; 1000], 2);
+        wrote(&mut log, 10, &[2; 990], 3);
+        let buffers = log.entries.values().map(|e| e.data.bytes.len());
+        assert_eq!(buffers.sum::<usize>(), 1000);
     }
 
     proptest! {
@@ -349,10 +455,10 @@ mod tests {
                 wrote(&mut log, offset, &vec![byte; len], sent as u64 + 1);
             }
             let mut read = vec![0u8; 100];
-            log.patch(&mut read, 0);
+            lay_over(&mut read, 0, &log.pieces(&(0..100)));
             prop_assert_eq!(&read, &plain);
             let mut part = vec![0u8; 30];
-            log.patch(&mut part, 25);
+            lay_over(&mut part, 25, &log.pieces(&(25..55)));
             prop_assert_eq!(&part[..], &plain[25..55]);
             let kept: u64 = log.pieces(&(0..100)).iter().map(|(_, data)| data.range.len() as u64).sum();
             prop_assert_eq!(kept, log.bytes());
