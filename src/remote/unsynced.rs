@@ -308,6 +308,10 @@ fn compact(data: Chunk) -> Chunk {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::single_range_in_vec_init,
+    reason = "a list of one range is meant"
+)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use e2ebak::link::Occasion;
 use e2ebak::link::limit::{Limit, RATE_MIN, limited};
-use e2ebak::link::{Dial, Occasion};
 use e2ebak::remote::Store;
 use e2ebak::remote::engine::{Bounds, Engine};
 use e2ebak::remote::sftp_store::SftpStore;
