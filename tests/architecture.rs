@@ -14,6 +14,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("location", &[]),
     ("device", &["error"]),
     // floor 1
+    ("ext4", &[]),
     ("xts", &["secret"]),
     ("luks", &["error", "units", "secret", "xts"]),
     ("sftp", &[]),
@@ -36,7 +37,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "link", "remote", "layer",
         ],
     ),
-    ("restore", &["error", "units", "progress", "device"]),
+    ("restore", &["error", "units", "progress", "device", "ext4"]),
     (
         "snapshot",
         &["error", "units", "progress", "host", "restore"],

@@ -6,6 +6,8 @@ mod odd;
 mod support;
 #[path = "restore/tampered.rs"]
 mod tampered;
+#[path = "restore/unmounted.rs"]
+mod unmounted;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};

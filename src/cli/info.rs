@@ -9,7 +9,7 @@ use crate::image::{self, Sealed};
 use crate::luks::Header;
 use crate::remote::lease::Lease;
 use crate::remote::{Access, Store};
-use crate::restore::Ext4View;
+use crate::restore::Filesystem;
 use crate::session;
 use crate::ui::Table;
 use crate::ui::{say, tell};
@@ -74,7 +74,7 @@ fn inside(args: &Args, sealed: Sealed) -> Result<Option<Inside>> {
         return Ok(None);
     }
     let opened = unlock(sealed, &mut keys)?;
-    let view = Ext4View::load(opened.volume.device())?;
+    let view = Filesystem::open(opened.volume.device())?;
     Ok(Some(Inside {
         keyslot: opened.keyslot,
         volume_bytes: opened.volume.device().size(),

@@ -5,7 +5,7 @@ use crate::image::{self, LinkSettings, Opened};
 use crate::location::Location;
 use crate::remote::Access;
 use crate::remote::lease::Lease;
-use crate::restore::Ext4View;
+use crate::restore::Filesystem;
 use crate::session::KeySource;
 use crate::ui::tell;
 
@@ -14,7 +14,7 @@ pub fn open(
     location: &Location,
     link: &LinkSettings,
     keys: &mut dyn KeySource,
-) -> Result<Ext4View> {
+) -> Result<Filesystem> {
     let store = image::connect(location, link)?;
     let sealed = image::inspect(&*store, Access::ReadOnly)?;
     for warning in sealed.warnings() {
@@ -26,7 +26,7 @@ pub fn open(
             holder.describe()
         );
     }
-    let view = Ext4View::load(unlock(sealed, keys)?.volume.device());
+    let view = Filesystem::open(unlock(sealed, keys)?.volume.device());
     view.map_err(|e| {
         e.hint("after a crash the next `e2ebak backup` or `mount` puts the filesystem in order")
     })

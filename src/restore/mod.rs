@@ -28,7 +28,7 @@ mod mounted;
 mod outcome;
 mod source;
 mod target;
-mod view;
+mod unmounted;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -41,7 +41,7 @@ pub use mounted::MountedTree;
 pub use outcome::{Failure, LISTED_MAX, Listed, Outcome};
 pub use source::{Attribute, Content, Entry, FileKind, HERE, Metadata, Piece, Source, Time};
 pub use target::TEMPORARY_PREFIX;
-pub use view::Ext4View;
+pub use unmounted::{FileContent, Filesystem, Node, ROOT, Tree, Trouble, UnmountedTree, metadata};
 
 /// What happens to a file that has the name of one that is restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

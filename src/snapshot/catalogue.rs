@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::{DIRECTORY, INFLIGHT, Id, RECORD, Record};
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::restore::Ext4View;
+use crate::restore::Filesystem;
 
 /// As much of a filesystem as the catalogue needs. Paths are relative to its root.
 pub trait Files {
@@ -41,13 +41,13 @@ impl Files for MountedFiles {
 }
 
 /// A filesystem that is read without being mounted.
-impl Files for Ext4View {
+impl Files for Filesystem {
     fn names(&mut self, directory: &str) -> Result<Vec<Vec<u8>>> {
-        Ext4View::names(self, directory)
+        self.names_in(directory)
     }
 
     fn read(&mut self, path: &str) -> Result<Vec<u8>> {
-        Ext4View::read(self, path)
+        self.read_small(path)
     }
 }
 

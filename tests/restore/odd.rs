@@ -40,7 +40,10 @@ pub fn odd_tree(tree: &Path) {
         set_mtime(&tree.join(name), 1_000_000_007, 7);
     }
     fs::hard_link(tree.join("up"), tree.join("links/up again")).expect("link");
-    symlink("x".repeat(4000), tree.join("long link")).expect("symlink");
+    // A filesystem with small blocks takes no longer ones than a block.
+    let long = tree.join("long link");
+    let longest = symlink("x".repeat(4000), &long).or_else(|_| symlink("x".repeat(1000), &long));
+    longest.expect("symlink");
     set_attribute(&tree.join("dangling"), "trusted.of", b"a link");
 
     for (name, kind, device) in [

@@ -1,0 +1,336 @@
+//! Filesystems read without being mounted, against the kernel's own mount of the same.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use e2ebak::error::Result;
+use e2ebak::progress::Silent;
+use e2ebak::remote::local::LocalStore;
+use e2ebak::remote::{Access, Store};
+use e2ebak::restore::{
+    Content, Filesystem, Options, Outcome, Piece, ROOT, Tree, UnmountedTree, copy,
+};
+
+use crate::odd::odd_tree;
+use crate::support::{
+    KEEP, REPLACE, Scratch, assert_whole, differences, equipped, errors, run, set_attribute, write,
+};
+
+const TOOLS: &[&str] = &["rsync", "setfacl", "mount", "umount"];
+
+fn shell(script: &str) {
+    run(Command::new("sh")
+        .args(["-euc", script])
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"));
+}
+
+/// A filesystem of the kernel's, unmounted however the test ends.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(image: &Path, at: PathBuf, options: &str) -> Mounted {
+        fs::create_dir_all(&at).expect("mkdir");
+        shell(&format!(
+            "timeout 60 mount -o loop,noinit_itable,{options} {} {}",
+            image.display(),
+            at.display()
+        ));
+        Mounted(at)
+    }
+
+    /// Unmounts, and copies the image to where nobody else's copy of the mount can reach it: a
+    /// mount namespace that some other test makes meanwhile keeps the filesystem alive.
+    fn settle(self, image: &Path, to: &Path) {
+        shell(&format!("timeout 60 sync -f {}", self.0.display()));
+        drop(self);
+        copy_image(image, to);
+    }
+}
+
+fn copy_image(from: &Path, to: &Path) {
+    shell(&format!(
+        "cp --sparse=always {} {}",
+        from.display(),
+        to.display()
+    ));
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("timeout")
+            .args(["60", "umount"])
+            .arg(&self.0)
+            .status();
+        // However it ended, the scratch directory goes next, and not what is mounted in it.
+        let _ = Command::new("umount").arg("-lq").arg(&self.0).status();
+    }
+}
+
+fn make(image: &Path, options: &str) {
+    shell(&format!(
+        "truncate -s 160M {0}; mkfs.ext4 -q -F -N 8192 {options} {0} 2>/dev/null",
+        image.display()
+    ));
+}
+
+fn open(image: &Path) -> Arc<Filesystem> {
+    let device = LocalStore::new(image).open(Access::ReadOnly);
+    Arc::new(Filesystem::open(device.expect("opens")).expect("an ext4"))
+}
+
+fn restore_from(
+    filesystem: &Arc<Filesystem>,
+    from: &str,
+    dest: &Path,
+    options: Options<'_>,
+) -> Result<Outcome> {
+    let mut source = UnmountedTree::new(Arc::clone(filesystem), ROOT);
+    copy(&mut source, Path::new(from), dest, options, &Silent)
+}
+
+/// What the structures of the filesystem are stretched by.
+fn large_tree(tree: &Path) {
+    odd_tree(&tree.join("odd"));
+    fs::create_dir(tree.join("many")).expect("mkdir");
+    for i in 0..3000 {
+        write(
+            tree.join(format!("many/a file with a longer name {i}")),
+            &[],
+        );
+    }
+    // Half of them: holes in the blocks of the directory.
+    for i in (0..3000).step_by(2) {
+        fs::remove_file(tree.join(format!("many/a file with a longer name {i}"))).expect("rm");
+    }
+    // More extents than fit into the inode, and than fit into one block.
+    let broken = File::create(tree.join("broken")).expect("create");
+    for i in 0..1500u64 {
+        let piece = vec![i as u8 | 1; 4096];
+        broken.write_all_at(&piece, i * 12_288).expect("write");
+    }
+    let sparse = File::create(tree.join("sparse")).expect("create");
+    sparse.write_all_at(b"far", 50 << 20).expect("write");
+    sparse.write_all_at(b"near", 1 << 20).expect("write");
+    sparse.set_len(60 << 20).expect("truncate");
+    let unwritten = File::create(tree.join("unwritten")).expect("create");
+    // Old formats know no blocks that are allocated and not written.
+    let _ = rustix::fs::fallocate(&unwritten, rustix::fs::FallocateFlags::empty(), 0, 1 << 20);
+    unwritten.write_all_at(b"written", 500_000).expect("write");
+    let noise: Vec<u8> = (0..3_000_000u32)
+        .map(|i| (i.wrapping_mul(i) >> 7) as u8)
+        .collect();
+    write(tree.join("solid"), &noise);
+    write(tree.join("attributes"), b"");
+    for i in 0..8 {
+        let value = vec![b'a' + i; 90];
+        set_attribute(&tree.join("attributes"), &format!("user.n{i}"), &value);
+    }
+    symlink("x".repeat(59), tree.join("59")).expect("symlink");
+    symlink("x".repeat(60), tree.join("60")).expect("symlink");
+    let mut deep = tree.join("deep");
+    for _ in 0..70 {
+        deep.push("a directory");
+    }
+    fs::create_dir_all(&deep).expect("mkdir");
+    write(deep.join("bottom"), b"reached");
+}
+
+fn as_the_kernel_reads_it(options: &str, more: impl Fn(&Path)) {
+    let scratch = Scratch::new();
+    let image = scratch.0.join("image");
+    make(&image, options);
+    let mounted = Mounted::new(&image, scratch.0.join("mount"), "rw,acl,user_xattr");
+    let tree = mounted.0.join("tree");
+    fs::create_dir(&tree).expect("mkdir");
+    large_tree(&tree);
+    more(&tree);
+    let far = File::create(mounted.0.join("far")).expect("create");
+    far.write_all_at(b"far", 5 << 30).expect("write");
+    drop(far);
+    let (made, image) = (image, scratch.0.join("settled"));
+    mounted.settle(&made, &image);
+
+    let filesystem = open(&image);
+    let dest = scratch.dir("dest");
+    let outcome = restore_from(&filesystem, "tree", &dest, KEEP).expect("restores");
+    assert_whole(&outcome);
+    let mounted = Mounted::new(&image, scratch.0.join("mount"), "rw,noatime");
+    let differ = differences(&mounted.0.join("tree"), &dest.join("tree"));
+    assert_eq!(differ, "", "{options}");
+
+    // The tree that is loaded whole is the same as the one that is walked.
+    let top = filesystem.resolve(ROOT, b"tree").expect("is there");
+    let loaded = Tree::load(&filesystem, top, None).expect("loads");
+    assert!(loaded.troubles.is_empty(), "{:?}", loaded.troubles);
+    let mut paths: Vec<Vec<u8>> = loaded.walk().map(|node| loaded.path(node)).collect();
+    paths.sort();
+    let found = Command::new("find")
+        .arg(mounted.0.join("tree"))
+        .args(["-printf", "%P\\0"])
+        .output()
+        .expect("find");
+    let mut expected: Vec<&[u8]> = found.stdout.split(|byte| *byte == 0).collect();
+    expected.pop();
+    expected.sort();
+    assert_eq!(paths, expected);
+
+    let far = filesystem.resolve(ROOT, b"far").expect("is there");
+    let mut far = filesystem
+        .content(&filesystem.inode(far).expect("sound"))
+        .expect("opens");
+    let mut buf = [0; 100_000];
+    let mut hole = 0;
+    let data = loop {
+        match far.next(&mut buf).expect("reads") {
+            Piece::Hole(bytes) => hole += bytes,
+            piece => break piece,
+        }
+    };
+    assert_eq!((hole, data), (5 << 30, Piece::Data(3)));
+    assert_eq!(&buf[..3], b"far");
+    assert_eq!(far.next(&mut buf).expect("reads"), Piece::End);
+}
+
+#[test]
+fn a_filesystem_as_we_make_it_reads_as_the_kernel_reads_it() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let options = "-b 4096 -I 256 -G 4096 -m 0 -O none,has_journal,ext_attr,resize_inode,dir_index,\
+        filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,\
+        metadata_csum";
+    as_the_kernel_reads_it(options, |_| {});
+}
+
+#[test]
+fn an_old_filesystem_with_numbers_of_blocks_reads_as_the_kernel_reads_it() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let options = "-b 1024 -I 256 -O ^extent,^64bit,^metadata_csum,^flex_bg,^huge_file,meta_bg,\
+        ^resize_inode,^dir_index";
+    as_the_kernel_reads_it(options, |_| {});
+}
+
+#[test]
+fn content_in_inodes_and_attributes_in_inodes_read_as_the_kernel_reads_them() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let options = "-b 1024 -I 512 -O inline_data,ea_inode,large_dir,metadata_csum,\
+        metadata_csum_seed,64bit";
+    as_the_kernel_reads_it(options, |tree| {
+        fs::create_dir(tree.join("small")).expect("mkdir");
+        for length in [1, 59, 60, 61, 100, 200] {
+            let name = format!("small/{}", "n".repeat(length.min(20)) + &length.to_string());
+            write(tree.join(name), &vec![b'x'; length]);
+        }
+        symlink("y".repeat(150), tree.join("small/link")).expect("symlink");
+        // As large as the filesystem that it is restored to takes.
+        write(tree.join("valued"), b"");
+        set_attribute(&tree.join("valued"), "user.large", &[b'v'; 3500]);
+    });
+}
+
+#[test]
+fn a_journal_that_was_not_replayed_counts() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = scratch.0.join("image");
+    make(
+        &image,
+        "-b 4096 -J size=8 -O metadata_csum,64bit,^orphan_file,^fast_commit",
+    );
+    let mounted = Mounted::new(&image, scratch.0.join("mount"), "rw,data=journal");
+    let tree = mounted.0.join("tree");
+    fs::create_dir(&tree).expect("mkdir");
+    // Directories whose blocks become those of files: what was logged of them is revoked.
+    for i in 0..40 {
+        fs::create_dir(tree.join(format!("gone{i}"))).expect("mkdir");
+    }
+    shell(&format!("timeout 60 sync -f {}", tree.display()));
+    for i in 0..40 {
+        fs::remove_dir(tree.join(format!("gone{i}"))).expect("rmdir");
+        // Content that begins like a block of the journal has to be escaped in it.
+        let mut content = vec![0xC0, 0x3B, 0x39, 0x98];
+        content.extend(vec![i as u8; 9000]);
+        write(tree.join(format!("kept{i}")), &content);
+    }
+    shell(&format!("timeout 60 sync -f {}", tree.display()));
+    let crashed = scratch.0.join("crashed");
+    // As a crash leaves it: what the journal holds is not yet where it belongs.
+    copy_image(&image, &crashed);
+    drop(mounted);
+    let before = fs::read(&crashed).expect("read");
+    let filesystem = open(&crashed);
+    let dest = scratch.dir("dest");
+    let outcome = restore_from(&filesystem, "tree", &dest, KEEP).expect("restores");
+    assert_whole(&outcome);
+    assert!(outcome.files == 40, "{outcome:?}");
+    assert!(
+        before == fs::read(&crashed).expect("read"),
+        "it was written to"
+    );
+    let told = Command::new("sh")
+        .args(["-c", &format!("dumpe2fs -h {}", crashed.display())])
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .output()
+        .expect("runs");
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.contains("needs_recovery"), "no crash at all: {told}");
+    let mounted = Mounted::new(&crashed, scratch.0.join("mount"), "rw");
+    assert_eq!(differences(&mounted.0.join("tree"), &dest.join("tree")), "");
+}
+
+#[test]
+fn what_is_damaged_is_named_and_costs_nothing_else() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let made = scratch.0.join("made");
+    make(&made, "-b 4096 -O metadata_csum,64bit");
+    let mounted = Mounted::new(&made, scratch.0.join("mount"), "rw");
+    let tree = mounted.0.join("tree");
+    for dir in ["a", "b"] {
+        fs::create_dir_all(tree.join(dir)).expect("mkdir");
+        for file in ["x", "y"] {
+            write(tree.join(dir).join(file), b"content");
+        }
+    }
+    let image = scratch.0.join("image");
+    mounted.settle(&made, &image);
+    // As after a clean end, so that the journal has nothing to say.
+    shell(&format!(
+        "e2fsck -fy {} >/dev/null || true",
+        image.display()
+    ));
+    // A file's inode, and the block of a directory.
+    shell(&format!(
+        "cd {}
+         inode=$(debugfs -R 'imap /tree/a/x' image 2>/dev/null | sed -n 's/.*block \\([0-9]*\\), offset \\(0x[0-9a-f]*\\).*/\\1 \\2/p')
+         set -- $inode; printf X | dd of=image bs=1 seek=$(($1 * 4096 + $2 + 4)) conv=notrunc 2>/dev/null
+         block=$(debugfs -R 'blocks /tree/b' image 2>/dev/null)
+         printf X | dd of=image bs=1 seek=$((block * 4096 + 30)) conv=notrunc 2>/dev/null",
+        scratch.0.display()
+    ));
+    let filesystem = open(&image);
+    let dest = scratch.dir("dest");
+    let outcome = restore_from(&filesystem, "tree", &dest, REPLACE).expect("restores");
+    let mut told = errors(&outcome);
+    told.sort();
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[0].starts_with("tree/a/x: ") && told[0].contains("wrong checksum"));
+    assert!(told[1].starts_with("tree/b: ") && told[1].contains("wrong checksum"));
+    assert_eq!(outcome.files, 1, "a/y");
+    let top = filesystem.resolve(ROOT, b"tree").expect("is there");
+    let loaded = Tree::load(&filesystem, top, None).expect("loads");
+    let mut paths: Vec<_> = loaded.troubles.iter().map(|t| t.path.clone()).collect();
+    paths.sort();
+    assert_eq!(paths, [b"a/x".to_vec(), b"b".to_vec()]);
+}
