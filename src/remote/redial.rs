@@ -1,7 +1,7 @@
 //! An image over sessions that may break: whoever reads and writes it sees latency, no errors, up
 //! to the deadline.
 //!
-//! A write is kept until a flush covers it (see [`Unsynced`]), so that it can be sent again. A
+//! A write is kept until a flush covers it (see `unsynced.rs`), so that it can be sent again. A
 //! place is on its way only once at a time, which keeps the order of two writes to it over any
 //! number of sessions. A flush syncs on one session: by then all that it covers is answered, and
 //! what another session's server process has taken is in the same file. A thread of our own
