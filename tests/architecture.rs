@@ -17,6 +17,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("xts", &["secret"]),
     ("luks", &["error", "units", "secret", "xts"]),
     ("sftp", &[]),
+    ("retention", &["units"]),
     // floor 2
     ("host", &["error", "units", "secret", "progress"]),
     ("link", &["error", "units", "secret", "location", "host"]),
@@ -39,7 +40,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("restore", &["error", "units", "progress", "device"]),
     (
         "snapshot",
-        &["error", "units", "progress", "host", "restore"],
+        &["error", "units", "progress", "host", "restore", "retention"],
     ),
     (
         "session",
@@ -53,8 +54,22 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "error", "units", "secret", "progress", "location", "device", "luks", "host", "link",
-            "remote", "image", "restore", "snapshot", "session", "ui",
+            "error",
+            "units",
+            "secret",
+            "progress",
+            "location",
+            "device",
+            "luks",
+            "host",
+            "link",
+            "remote",
+            "image",
+            "restore",
+            "retention",
+            "snapshot",
+            "session",
+            "ui",
         ],
     ),
 ];
