@@ -18,6 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("luks", &["error", "units", "secret", "xts"]),
     ("sftp", &[]),
     ("retention", &["units"]),
+    ("ext4", &[]),
     // floor 2
     ("host", &["error", "units", "secret", "progress"]),
     ("link", &["error", "units", "secret", "location", "host"]),
@@ -33,8 +34,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "image",
         &[
-            "error", "units", "secret", "progress", "location", "device", "luks", "xts", "host",
-            "link", "remote", "layer",
+            "error", "units", "secret", "progress", "location", "device", "luks", "ext4", "xts",
+            "host", "link", "remote", "layer",
         ],
     ),
     ("restore", &["error", "units", "progress", "device"]),
@@ -61,6 +62,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "location",
             "device",
             "luks",
+            "ext4",
             "host",
             "link",
             "remote",

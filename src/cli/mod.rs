@@ -3,6 +3,7 @@
 
 mod args;
 mod backup;
+mod grow;
 mod info;
 mod init;
 mod keep;
@@ -13,10 +14,12 @@ mod pin;
 mod prune;
 mod restore;
 mod snapshots;
+mod trim;
 mod umount;
 mod unlock;
 mod unmounted;
 mod unpin;
+mod usage;
 
 use std::process::ExitCode;
 
@@ -53,6 +56,9 @@ enum Verb {
     Prune(prune::Args),
     Pin(pin::Args),
     Unpin(unpin::Args),
+    Usage(usage::Args),
+    Trim(trim::Args),
+    Grow(grow::Args),
     Mount(mount::Args),
     Umount(umount::Args),
     Info(info::Args),
@@ -103,6 +109,9 @@ fn run(verb: Verb) -> Result<Ending> {
         Verb::Prune(args) => prune::run(args),
         Verb::Pin(args) => pin::run(args),
         Verb::Unpin(args) => unpin::run(args),
+        Verb::Usage(args) => usage::run(args),
+        Verb::Trim(args) => trim::run(args),
+        Verb::Grow(args) => grow::run(args),
         Verb::Mount(args) => mount::run(args),
         Verb::Umount(args) => umount::run(args),
         Verb::Info(args) => info::run(args),

@@ -6,6 +6,7 @@ use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::keep::{KeepArgs, goes};
 use crate::cli::key::KeyArgs;
 use crate::cli::snapshots::local_time;
+use crate::cli::trim::{self, TrimArgs};
 use crate::cli::{mounted, unmounted};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::retention::Reason;
@@ -35,6 +36,13 @@ pub struct Args {
     /// Print what would be done and why, and do nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
+
+    /// Then give the space back to the server, as `e2ebak trim`
+    #[arg(long)]
+    trim: bool,
+
+    #[command(flatten)]
+    how: TrimArgs,
 
     /// How long to wait while somebody else holds the image, for example 30m
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0")]
@@ -70,6 +78,10 @@ pub fn run(args: Args) -> Result<Ending> {
     let (catalogue, deleted) = pruned.attempt(doing)?;
     if !args.output.quiet {
         summary(&catalogue, deleted);
+    }
+    if args.trim {
+        let wait = args.wait;
+        trim::perform(&args.image, &args.key, &args.how, wait, args.output.quiet)?;
     }
     Ok(damaged(&catalogue))
 }

@@ -8,12 +8,16 @@
 //! ```
 
 mod create;
+mod server_shell;
+mod trim;
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 pub use create::{Created, Creation, create};
+pub use server_shell::stored_bytes;
+pub use trim::{Backend, Job as TrimJob, Trimmed, trim};
 
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
@@ -22,7 +26,7 @@ use crate::layer::{Cache, Crypt, Overlay, cache};
 use crate::link::Dial;
 use crate::link::command::CommandDial;
 use crate::link::ssh::{SshDial, SshOptions};
-use crate::location::Location;
+use crate::location::{Location, Server};
 use crate::luks::{self, Header, Loaded};
 use crate::remote::{self, Access, Store};
 use crate::secret::Secret;
@@ -42,16 +46,20 @@ pub struct LinkSettings {
 /// Dials the server of `location`, if it has one.
 pub fn connect(location: &Location, link: &LinkSettings) -> Result<Arc<dyn Store>> {
     remote::connect(location, |server| -> Result<Arc<dyn Dial>> {
-        let Some(command) = &link.command else {
-            let options = SshOptions {
-                options: link.ssh_options.clone(),
-                batch: !link.interactive,
-                ..SshOptions::default()
-            };
-            return Ok(Arc::new(SshDial::new(server.clone(), options)));
-        };
-        Ok(Arc::new(CommandDial::from_line(command)?))
+        Ok(match &link.command {
+            None => Arc::new(ssh_dial(server, link)),
+            Some(command) => Arc::new(CommandDial::from_line(command)?),
+        })
     })
+}
+
+fn ssh_dial(server: &Server, link: &LinkSettings) -> SshDial {
+    let options = SshOptions {
+        options: link.ssh_options.clone(),
+        batch: !link.interactive,
+        ..SshOptions::default()
+    };
+    SshDial::new(server.clone(), options)
 }
 
 /// An image whose header was read and judged, still locked.

@@ -101,6 +101,25 @@ impl SshDial {
 
     /// The command line.
     pub fn argv(&self, occasion: Occasion) -> Vec<OsString> {
+        let mut argv = self.argv_to(occasion);
+        argv.extend(["-s", "--"].map(OsString::from));
+        argv.push(self.server.host.clone().into());
+        argv.push("sftp".into());
+        argv
+    }
+
+    /// Runs a command on the server, by the login shell there. It never asks anybody; where only
+    /// SFTP is allowed, something else than the command may answer, or nothing.
+    pub fn exec(&self, command: &str) -> Result<Stream> {
+        let mut argv = self.argv_to(Occasion::Again);
+        argv.push("--".into());
+        argv.push(self.server.host.clone().into());
+        argv.push(command.into());
+        let explain = |ending: &Ending| ending.error(Kind::Unsupported, "ssh");
+        command::start(&argv, Box::new(explain))
+    }
+
+    fn argv_to(&self, occasion: Occasion) -> Vec<OsString> {
         let asks = self.asks && occasion == Occasion::First;
         let mut argv = vec![self.program()];
         argv.extend(self.given());
@@ -121,9 +140,6 @@ impl SshDial {
         if let Some(ciphers) = self.ciphers() {
             set(format!("Ciphers={ciphers}"));
         }
-        argv.extend(["-s", "--"].map(OsString::from));
-        argv.push(self.server.host.clone().into());
-        argv.push("sftp".into());
         argv
     }
 

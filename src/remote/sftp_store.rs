@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::engine::{Bounds, Engine};
 use super::files::{Files, OpenHandle, directory_of};
 use super::{
-    Access, SIDE_MAX, Space, Store, Traffic, check_side, passing_suffix, transfer, verdict,
+    Access, SIDE_MAX, Space, Store, Traffic, check_side, lean_copy, passing_suffix, transfer,
+    verdict,
 };
 use crate::device::{Caps, Device, Discard, Durability, check_range};
 use crate::error::{Attempt, Error, Kind, Result};
@@ -244,6 +245,11 @@ impl Store for SftpStore {
         self.files
             .remove_if_there(self.side(suffix).as_str())
             .attempt(|| format!("remove {}", self.side_name(suffix)))
+    }
+
+    fn copy_lean(&self, plan: &lean_copy::Plan<'_>) -> Result<()> {
+        lean_copy::by_copy_data(&self.files, &self.path, plan)
+            .attempt(|| format!("have the server copy {}", self.name))
     }
 
     fn space(&self) -> Result<Option<Space>> {

@@ -18,13 +18,15 @@
 //! the session dies, the kernel ends the FUSE mount and everything above it.
 
 mod client;
+mod grow;
 mod mounts;
 mod server;
 mod stage;
 mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
-pub use mounts::{Closed, close_mount, enter_private};
+pub use grow::{fill_mounted, fill_unmounted};
+pub use mounts::{Closed, PublicMount, close_mount, enter_private, public_mount};
 pub use server::serve;
 pub use wire::{Place, Plan, Status};
 

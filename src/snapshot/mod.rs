@@ -18,6 +18,7 @@ mod remove;
 mod rsync;
 mod sources;
 mod take;
+mod usage;
 
 pub use catalogue::{Catalogue, Files, Found, MountedFiles};
 pub use id::Id;
@@ -26,6 +27,7 @@ pub use record::Record;
 pub use rsync::Filters;
 pub use sources::{Sources, resolve as resolve_sources};
 pub use take::{Job, Outcome, take};
+pub use usage::{Share, Usage, usage};
 
 /// The directory of all snapshots, under the filesystem's root.
 pub const DIRECTORY: &str = "snapshots";

@@ -4,7 +4,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod grow;
 mod prune;
+mod trim;
+mod usage;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
