@@ -459,7 +459,8 @@ fn assemble(
     let mut tables: Vec<Range<u64>> = Vec::new();
     let mut live: Vec<Range<u64>> = Vec::new();
     let descriptors = (fs.groups * fs.descriptor_size as u64).div_ceil(fs.block);
-    let mut used = 0;
+    // Blocks of 1 KiB: the first belongs to no group.
+    let mut used = fs.first_block;
     for (number, group) in (0..).zip(groups) {
         let blocks = fs.group_blocks(number);
         used += (blocks.end - blocks.start).saturating_sub(group.free_blocks);

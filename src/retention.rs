@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn the_hour_that_summer_time_repeats_is_one_hour() {
-        let berlin = zone("CET-1CEST,M3.5.0,M10.5.0");
+        let berlin = zone("CET-1CEST,M3.5.0,M10.5.0/3");
         let times = ["2026-10-25T00:30:00Z", "2026-10-25T01:30:00Z"];
         assert_eq!(kept(&times, &policy(0, [9, 0, 0, 0, 0]), &berlin), "-+");
     }
