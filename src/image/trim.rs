@@ -106,7 +106,8 @@ pub fn trim(opened: Opened, job: &Job<'_>) -> Result<Trimmed> {
                 size,
                 live: &kept(&map, &ranges, begins, size),
                 tell: &tell,
-                check: &|| (job.check)().and_then(|()| job.lease.check()),
+                check: job.check,
+                still_ours: &|| job.lease.check(),
             }),
         };
         match done {

@@ -39,6 +39,8 @@ pub struct Plan<'a> {
     pub tell: &'a dyn Fn(u64),
     /// Whether to go on.
     pub check: &'a dyn Fn() -> Result<()>,
+    /// Whether nobody else writes the image: asked once, last of all before it is replaced.
+    pub still_ours: &'a dyn Fn() -> Result<()>,
 }
 
 pub fn by_copy_data(files: &Arc<Files>, path: &RemotePath, plan: &Plan<'_>) -> Result<()> {
@@ -71,6 +73,7 @@ pub fn by_copy_data(files: &Arc<Files>, path: &RemotePath, plan: &Plan<'_>) -> R
     let made = fill(files, image, copy.as_str(), &found, plan);
     let placed = made.and_then(|()| {
         (plan.check)()?;
+        (plan.still_ours)()?;
         files.demand(&Request::Extended(Extended::PosixRename {
             from: copy.as_str().as_bytes(),
             to: image.as_bytes(),

@@ -87,8 +87,7 @@ pub trait Store: Send + Sync {
 
     /// Has the server copy these ranges of the image into a fresh sparse file, which then takes the
     /// place of the image: what lies between them becomes a hole. No data cross the link. The image
-    /// must not be open for writing, and the lease must be held; `check` is asked for that, and
-    /// whether to go on, between steps and last of all before the new file takes its place.
+    /// must not be open for writing, and the lease must be held.
     ///
     /// [`Kind::Unsupported`] where the server cannot; then, as after any other error, the image is
     /// what it was.

@@ -90,8 +90,8 @@ fn wait_until(running: &mut Running, done: impl Fn() -> bool) {
     }
 }
 
-/// The plain volume, by means that share nothing with the program. A hole becomes noise, as it does
-/// under dm-crypt; of an image above `NOISE_MAX` only data is decrypted and holes stay holes.
+/// The plain volume, by means that share nothing with the program. A hole becomes garbage, as it does
+/// under dm-crypt; of an image above `NOISE_MAX` holes stay holes.
 fn decrypted(place: &Place) -> PathBuf {
     const NOISE_MAX: u64 = 1 << 30;
     const DATA: u64 = 16 << 20;
@@ -119,22 +119,34 @@ fn decrypted(place: &Place) -> PathBuf {
     let size = from.metadata().expect("metadata").len();
     to.set_len(size - DATA).expect("sparse");
     let mut chunk = vec![0; 1 << 20];
-    let mut at = DATA;
-    while at < size {
-        if size > NOISE_MAX {
-            match rustix::fs::seek(&from, rustix::fs::SeekFrom::Data(at)) {
-                Ok(data) => at = data / 4096 * 4096,
-                Err(_) => break,
+    let noise = vec![0xA5; 1 << 20];
+    let (mut at, mut written) = (DATA, DATA);
+    loop {
+        let data = rustix::fs::seek(&from, rustix::fs::SeekFrom::Data(at));
+        let data = data.map_or(size, |data| data / 4096 * 4096);
+        while size <= NOISE_MAX && written < data {
+            let len = (data - written).min(1 << 20);
+            to.write_all_at(&noise[..len as usize], written - DATA)
+                .expect("written");
+            written += len;
+        }
+        if data >= size {
+            break;
+        }
+        let end = rustix::fs::seek(&from, rustix::fs::SeekFrom::Hole(data)).expect("an end");
+        let len = (1 << 20).min(end.next_multiple_of(4096).min(size) - data) as usize;
+        from.read_exact_at(&mut chunk[..len], data).expect("read");
+        for (i, sector) in chunk[..len].chunks_exact_mut(4096).enumerate() {
+            let number = (data - DATA + (i * 4096) as u64) / 512;
+            match sector.iter().all(|byte| *byte == 0) {
+                true => sector.fill(0xA5),
+                false => xts.decrypt_sector(sector, get_tweak_default(number.into())),
             }
         }
-        let len = chunk.len().min((size - at) as usize);
-        from.read_exact_at(&mut chunk[..len], at).expect("read");
-        for (i, sector) in chunk[..len].chunks_exact_mut(4096).enumerate() {
-            let number = (at - DATA + (i * 4096) as u64) / 512;
-            xts.decrypt_sector(sector, get_tweak_default(number.into()));
-        }
-        to.write_all_at(&chunk[..len], at - DATA).expect("written");
-        at += len as u64;
+        to.write_all_at(&chunk[..len], data - DATA)
+            .expect("written");
+        at = data + len as u64;
+        written = at;
     }
     path
 }

@@ -94,7 +94,7 @@ fn a_local_file_by_its_own_fallocate() {
     if root_or_skip() {
         let sandbox = Sandbox::new();
         let place = Place::local(&sandbox);
-        loosened(&place, "1000M");
+        loosened(&place, "700M");
         let told = trims(&place, "local file");
         assert!(told.contains("freed 3"), "{told}");
     }
@@ -106,7 +106,7 @@ fn a_server_with_commands_by_fallocate_there() {
         let sandbox = Sandbox::new();
         let sshd = Sshd::start(&sandbox);
         let place = Place::over(&sandbox, &sshd);
-        loosened(&place, "1000M");
+        loosened(&place, "700M");
         let inode = |place: &Place| {
             std::os::unix::fs::MetadataExt::ino(&fs::metadata(&place.stored).expect("there"))
         };
@@ -124,7 +124,7 @@ fn a_server_for_sftp_alone_by_a_sparse_copy() {
         let sandbox = Sandbox::new();
         let sshd = Sshd::with(&sandbox, &["ForceCommand internal-sftp"]);
         let place = Place::over(&sandbox, &sshd);
-        loosened(&place, "1000M");
+        loosened(&place, "700M");
         let mode = |place: &Place| {
             std::os::unix::fs::MetadataExt::mode(&fs::metadata(&place.stored).expect("there"))
         };
@@ -157,7 +157,7 @@ fn a_server_that_offers_no_way_is_told_what_it_lacks_and_nothing_happens() {
     let rules = ["ForceCommand internal-sftp -P copy-data"];
     let sshd = Sshd::with(&sandbox, &rules);
     let place = Place::over(&sandbox, &sshd);
-    loosened(&place, "1000M");
+    loosened(&place, "700M");
     let before = stored_bytes(&place.stored);
     let ran = place.program("trim").run().code(1);
     ran.says("copy-data").says("no commands").says("fallocate");
@@ -179,7 +179,7 @@ fn a_copy_that_finds_no_room_leaves_the_image_alone() {
     run(tool("mount")
         .args(["-t", "tmpfs", "-o", "size=400m", "none"])
         .arg(&store));
-    place.init("1000M").ok();
+    place.init("700M").ok();
     place.backup(&source).ok();
     fill_and_empty(&place, 100);
     let ran = place.program("trim").run();
@@ -208,7 +208,7 @@ fn an_interrupted_trim_harms_nothing() {
         let sandbox = Sandbox::new();
         let sshd = Sshd::with(&sandbox, rules);
         let place = Place::over(&sandbox, &sshd);
-        loosened(&place, "1000M");
+        loosened(&place, "700M");
         let before = stored_bytes(&place.stored);
         let mut running = place.program("trim").args(["--granularity", "4K"]).spawn();
         let copy = sandbox.path("store/a.img.trim");
@@ -274,7 +274,7 @@ fn prune_trims_when_told_so() {
     let place = Place::local(&sandbox);
     let source = sandbox.dir("source");
     large_file(&source.join("file"), MIB, 1);
-    place.init("1000M").ok();
+    place.init("700M").ok();
     place.backup(&source).ok();
     super::forge(
         &place,
