@@ -6,10 +6,11 @@ mod common;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use common::{
-    PASSPHRASE, Place, Program, Sandbox, assert_same_tree, have, output, plain_tree, private_shell,
-    root_or_skip, run, tool, tool_or_skip,
+    PASSPHRASE, Place, Program, Sandbox, assert_same_tree, have, large_file, output, plain_tree,
+    private_shell, root_or_skip, run, tool, tool_or_skip, wait_for,
 };
 
 /// An account that need not exist.
@@ -82,6 +83,40 @@ fn an_ordinary_user_backs_up_and_restores() {
     let what = format!("latest:{}", source.display());
     as_user(place.restore(&what, &restored.join("source")), &sandbox).ok();
     assert_same_tree(&source, &restored.join("source"));
+    place.assert_closed();
+}
+
+/// The session is a member of the namespace that it mounts in; fuse2fs above it waits for nobody.
+#[test]
+fn everything_can_be_killed_at_once_in_any_order() {
+    if !possible() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    sandbox.open_to(UID);
+    let place = Place::piped(&sandbox);
+    let source = sandbox.dir("source");
+    plain_tree(&source, 40);
+    large_file(&source.join("large"), 60 << 20, 1);
+    own(&source);
+    as_user(place.init("10G"), &sandbox).ok();
+    for round in 0..9_u64 {
+        let backup = as_user(place.backup(&source), &sandbox).spawn();
+        let is = |words: &'static str| move |line: &str| line.contains(words);
+        let (session, fuse2fs) = (is("session-process"), is("fuse2fs"));
+        wait_for("fuse2fs", Duration::from_secs(60), || {
+            sandbox.processes().iter().any(|(_, line)| fuse2fs(line))
+        });
+        std::thread::sleep(Duration::from_millis(100 + round * 70));
+        match round % 3 {
+            0 => sandbox.kill_processes_by(|(_, line)| session(line)),
+            1 => sandbox.kill_processes_by(|(_, line)| !session(line)),
+            _ => sandbox.kill_processes_by(|(_, line)| !fuse2fs(line)),
+        }
+        drop(backup);
+        sandbox.assert_nothing_left();
+    }
+    as_user(place.backup(&source), &sandbox).ok();
     place.assert_closed();
 }
 

@@ -13,7 +13,7 @@ use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host;
 use crate::location::Location;
-use crate::progress::{Event, Monitor, Progress};
+use crate::progress::{Event, Monitor};
 use crate::session::{self, Place, Plan, Session, Status};
 use crate::snapshot::{self, Catalogue, Deleted, Filters, Job, MountedFiles, Outcome};
 use crate::ui::{Style, Terminal};
@@ -69,7 +69,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
-    let link = args.image.link();
+    let link = args.image.link()?;
     let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, args.json)));
     let doing = || format!("cannot back up into {location}");
     let sources = snapshot::resolve_sources(&args.paths).attempt(doing)?;
@@ -80,7 +80,7 @@ pub fn run(args: Args) -> Result<Ending> {
     }
     host::require("rsync").attempt(doing)?;
     // Before any thread: a user namespace takes only a process that has one.
-    let runtime = session::enter_private().attempt(doing)?;
+    let private = session::enter_private().attempt(doing)?;
 
     let clock = Instant::now();
     let (signals, stop) = session::count_signals()?;
@@ -93,10 +93,11 @@ pub fn run(args: Args) -> Result<Ending> {
         link,
         read_only: false,
         wait: args.wait,
-        place: Place::Private(runtime.clone()),
+        place: Place::Private(private.clone()),
     };
     let started = Session::start(&plan, &mut keys, signals, terminal.clone());
     let session = started.inspect_err(|_| terminal.finish()).attempt(doing)?;
+    session.stop_when_full(stop.clone());
     let filters = Filters {
         exclude: args.exclude.clone(),
         exclude_from: args.exclude_from.clone(),
@@ -107,12 +108,20 @@ pub fn run(args: Args) -> Result<Ending> {
         root: session.mounted_at(),
         sources: &sources,
         filters: &filters,
-        leave_out: &never_backed_up(&location, &runtime),
+        leave_out: &never_backed_up(&location, private.directory()),
         host: &host::host_name(),
         stop: &stop,
         monitor: &*terminal,
-        link: &|| figures(session.status()),
+        link: &|| session.status().progress(),
     });
+    // Why it was stopped, when it was not by a signal.
+    let taken = match session.full() {
+        Some(full) => taken.map_err(|error| match error.kind() {
+            Kind::Interrupted => full,
+            _ => error,
+        }),
+        None => taken,
+    };
     let pruned = match &taken {
         Ok(_) if !args.keep.is_empty() => prune(&args.keep, session.mounted_at(), &stop, &terminal),
         _ => Ok(Deleted::default()),
@@ -137,14 +146,6 @@ pub fn run(args: Args) -> Result<Ending> {
 fn prune(keep: &KeepArgs, root: &Path, stop: &AtomicBool, monitor: &Terminal) -> Result<Deleted> {
     let catalogue = Catalogue::load(&mut MountedFiles(root.into()))?;
     snapshot::delete(root, &goes(&keep.judge(&catalogue)?), stop, monitor)
-}
-
-fn figures(status: Status) -> Progress {
-    Progress {
-        owed: Some(status.owed),
-        sent: Some(status.sent),
-        ..Progress::default()
-    }
 }
 
 /// The image itself, when it lies on this machine, and our own mounts.

@@ -10,7 +10,7 @@ use crate::cli::unmounted::unlock;
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4;
-use crate::host::{Means, mkfs};
+use crate::host::{Means, Private, mkfs};
 use crate::image;
 use crate::location::Location;
 use crate::luks::Header;
@@ -108,7 +108,7 @@ pub fn run(args: Args) -> Result<Ending> {
             &args,
             &location,
             keys,
-            runtime.as_deref(),
+            runtime.as_ref().map(Private::directory),
             &terminal,
             &check,
         ),
@@ -123,7 +123,7 @@ fn grow_mounted(
     mounted: &PublicMount,
     terminal: &Terminal,
 ) -> Result<Ending> {
-    let store = image::connect(location, &args.image.link())?;
+    let store = image::connect(location, &args.image.link()?)?;
     let sealed = image::inspect(&*store, Access::ReadOnly)?;
     let room = rustix::fs::statvfs(&mounted.mountpoint);
     room.attempt(|| format!("look at {}", mounted.mountpoint.display()))?;
@@ -147,7 +147,7 @@ fn grow_unmounted(
     terminal: &Terminal,
     check: &dyn Fn() -> Result<()>,
 ) -> Result<Ending> {
-    let store = image::connect(location, &args.image.link())?;
+    let store = image::connect(location, &args.image.link()?)?;
     image::require(&*store)?;
     let lease = take_lease(&store, location, args.wait, check)?;
     if let Some(note) = lease.note() {

@@ -31,7 +31,7 @@ pub fn with<T>(
     terminal: &Arc<Terminal>,
     work: impl FnOnce(&Inside) -> Result<T>,
 ) -> Result<T> {
-    let link = image.link();
+    let link = image.link()?;
     let runtime = session::enter_private()?;
     let (signals, stop) = session::count_signals()?;
     let mut keys = key.keys(&image.location, signals.clone())?;

@@ -45,12 +45,12 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
-    let link = args.image.link();
+    let link = args.image.link()?;
     let (name, path) = split(&args.what)?;
     let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, false)));
     let doing = || format!("cannot restore {} from {location}", args.what.display());
     // Before any thread: a user namespace takes only a process that has one.
-    let runtime = session::enter_private().attempt(doing)?;
+    let private = session::enter_private().attempt(doing)?;
     let (signals, stop) = session::count_signals()?;
     let mut keys = args.key.keys(&location.to_string(), signals.clone())?;
     let plan = Plan {
@@ -58,7 +58,7 @@ pub fn run(args: Args) -> Result<Ending> {
         link,
         read_only: true,
         wait: Duration::ZERO,
-        place: Place::Private(runtime),
+        place: Place::Private(private),
     };
     let started = Session::start(&plan, &mut keys, signals, terminal.clone());
     let session = started.inspect_err(|_| terminal.finish()).attempt(doing)?;

@@ -86,7 +86,7 @@ pub fn perform(
     let terminal = Terminal::new(Style::choose(quiet, false));
     let (signals, stop) = session::count_signals()?;
     let keys = key.keys(&image.location, signals)?;
-    let link = image.link();
+    let link = image.link()?;
     let args = Trim {
         location: &location,
         link: &link,

@@ -64,7 +64,7 @@ pub fn run(args: Args) -> Result<Ending> {
     let doing = || format!("cannot look at the usage of {location}");
     let quiet = args.output.quiet || args.json;
     let terminal = Arc::new(Terminal::new(Style::choose(quiet, false)));
-    let link = args.image.link();
+    let link = args.image.link()?;
     let work = |inside: &mounted::Inside| {
         let room = rustix::fs::statvfs(inside.root).attempt(|| "ask for the room inside")?;
         let shares = snapshot::usage(inside.root, inside.stop, inside.terminal)?;

@@ -18,8 +18,8 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use tracing::{debug, warn};
 
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::host::mount_table;
 use crate::host::tool::Tool;
+use crate::host::{View, mount};
 
 /// The kernel's list of FUSE connections, one directory for each.
 const CONNECTIONS: &str = "/sys/fs/fuse/connections";
@@ -27,6 +27,7 @@ const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 /// A mount that goes when this is dropped.
 pub struct Attached {
     directory: PathBuf,
+    view: View,
     connection: u32,
     by_fusermount: bool,
     attached: Mutex<bool>,
@@ -45,14 +46,26 @@ impl Attached {
             }
             Err(error) => return Err(error),
         };
+        let attached = Attached::of(directory, View::Own, by_fusermount)?;
+        Ok((attached, fuse))
+    }
+
+    /// The same in another mount namespace; `directory` is a path inside, without links.
+    pub fn inside(view: View, directory: &Path, read_only: bool) -> Result<(Attached, OwnedFd)> {
+        let fuse = view.visit(|| mount_directly(directory, read_only))?;
+        Ok((Attached::of(directory.to_path_buf(), view, false)?, fuse))
+    }
+
+    fn of(directory: PathBuf, view: View, by_fusermount: bool) -> Result<Attached> {
         let mut attached = Attached {
             directory,
+            view,
             connection: 0,
             by_fusermount,
             attached: Mutex::new(true),
         };
-        attached.connection = connection_of(&attached.directory)?;
-        Ok((attached, fuse))
+        attached.connection = attached.connection_seen()?;
+        Ok(attached)
     }
 
     pub fn directory(&self) -> &Path {
@@ -84,17 +97,36 @@ impl Attached {
     fn unmount(&self, flags: UnmountFlags, fusermount: &[&str]) -> Result<()> {
         let mut attached = self.attached.lock().unwrap_or_else(|e| e.into_inner());
         // Something else may have been mounted in our place by now.
-        if !*attached || connection_of(&self.directory).ok() != Some(self.connection) {
+        if !*attached || self.connection_seen().ok() != Some(self.connection) {
             *attached = false;
             return Ok(());
         }
-        let done = match self.by_fusermount {
-            false => rustix::mount::unmount(&self.directory, flags).map_err(Error::from),
-            true => unmount_by_fusermount(&self.directory, fusermount),
+        let done = match (self.view, self.by_fusermount) {
+            (_, true) => unmount_by_fusermount(&self.directory, fusermount),
+            (View::Own, _) => rustix::mount::unmount(&self.directory, flags).map_err(Error::from),
+            // Not by a visit of our own: with a filesystem above, we may not be there to be killed.
+            (view, _) if flags.contains(UnmountFlags::FORCE) => {
+                mount::unmount_by_force(&self.directory, view)
+            }
+            (view, _) if flags.contains(UnmountFlags::DETACH) => {
+                mount::unmount_lazily(&self.directory, view)
+            }
+            (view, _) => mount::unmount(&self.directory, view),
         };
         done.attempt(|| format!("unmount {}", self.directory.display()))?;
         *attached = false;
         Ok(())
+    }
+
+    /// The connection whose mount is seen there, asked of the kernel: stat(2) would ask us.
+    fn connection_seen(&self) -> Result<u32> {
+        match self.view.topmost(&self.directory)? {
+            Some(entry) => Ok(entry.minor),
+            None => Err(Error::new(
+                Kind::NotFound,
+                format!("nothing is mounted on {}", self.directory.display()),
+            )),
+        }
     }
 }
 
@@ -192,15 +224,10 @@ fn unmount_by_fusermount(directory: &Path, how: &[&str]) -> Result<()> {
     }
 }
 
-/// The connection whose mount is seen at `directory`, asked of the kernel: stat(2) would ask us.
-fn connection_of(directory: &Path) -> Result<u32> {
-    match mount_table::topmost(directory)? {
-        Some(entry) => Ok(entry.minor),
-        None => Err(Error::new(
-            Kind::NotFound,
-            format!("nothing is mounted on {}", directory.display()),
-        )),
-    }
+/// Mounts the list of connections in this thread's mount namespace.
+pub fn mount_connections() -> Result<()> {
+    let mounted = rustix::mount::mount("none", CONNECTIONS, "fusectl", MountFlags::empty(), None);
+    mounted.attempt(|| "mount the list of FUSE connections")
 }
 
 pub fn abort_by_number(number: u32) -> Result<()> {

@@ -12,8 +12,9 @@
 //!
 //! **When it ends.** A plain umount(8) of the filesystem above frees the loop device, which
 //! releases the file; [`Export::wait_closed`] hears of it. If this process dies, the kernel
-//! answers everybody with an error (a [`Keeper`] sees to it that it can die). If the device below hangs, [`Export::abort`] has the same
-//! effect: nobody stays in an unkillable wait.
+//! answers everybody with an error; that it can die is seen to by being no member of the mount's
+//! namespace ([`Options::view`]), or by a [`Keeper`]. If the device below hangs, [`Export::abort`]
+//! has the same effect: nobody stays in an unkillable wait.
 
 mod attach;
 mod filesystem;
@@ -31,6 +32,7 @@ use tracing::{debug, info, warn};
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host::keeper::Keeper;
+use crate::host::{View, in_private};
 use attach::Attached;
 use filesystem::VolumeFile;
 use handlers::Handlers;
@@ -51,6 +53,8 @@ pub struct Options {
     /// So many requests at most are with the device at once.
     pub threads: usize,
     pub read_only: bool,
+    /// The mount namespace to mount in.
+    pub view: View,
 }
 
 impl Default for Options {
@@ -58,6 +62,7 @@ impl Default for Options {
         Options {
             threads: filesystem::IN_FLIGHT_MAX,
             read_only: false,
+            view: View::Own,
         }
     }
 }
@@ -69,7 +74,7 @@ pub struct Export {
     handlers: Arc<Handlers>,
     serving: Mutex<Option<JoinHandle<std::io::Result<()>>>>,
     /// Last, so that it outlives the mount.
-    _keeper: Keeper,
+    _keeper: Option<Keeper>,
 }
 
 impl Export {
@@ -84,12 +89,18 @@ impl Export {
         if options.threads == 0 {
             return Err(Error::new(Kind::Usage, "an export needs a thread, not 0"));
         }
-        let keeper = Keeper::start()?;
+        let keeper = match options.view {
+            View::Own => Some(Keeper::start(View::Own)?),
+            View::Of(_) => None,
+        };
         let opens = Arc::new(Opens::default());
         let read_only = options.read_only || !device.caps().writable;
         let handlers = Handlers::new(options.threads);
         let file = VolumeFile::new(device, opens.clone(), handlers.clone(), read_only);
-        let (attached, fuse) = Attached::new(directory, read_only)?;
+        let (attached, fuse) = match options.view {
+            View::Own => Attached::new(directory, read_only)?,
+            view => Attached::inside(view, directory, read_only)?,
+        };
 
         let mut config = Config::default();
         config.n_threads = Some(EVENT_LOOPS);
@@ -165,11 +176,19 @@ impl Export {
     }
 }
 
-/// Aborts a FUSE connection from any process of the same user, by its number.
+/// Aborts a FUSE connection from any process of the same user but the one that serves it, by its
+/// number. Where the kernel's list of them is not mounted, root mounts it for a moment, out of sight.
 ///
 /// # Errors
-/// [`Kind::NotFound`] when there is no such connection, or the kernel's list of them is not
-/// mounted on `/sys/fs/fuse/connections`.
+/// [`Kind::NotFound`] when there is no such connection, or no list of them.
 pub fn abort_connection(number: u32) -> Result<()> {
-    attach::abort_by_number(number)
+    match attach::abort_by_number(number) {
+        Err(error) if error.kind() == Kind::NotFound => {
+            let listed =
+                || attach::mount_connections().and_then(|()| attach::abort_by_number(number));
+            // The first error says what is missing.
+            in_private(listed).map_err(|_| error)
+        }
+        done => done,
+    }
 }

@@ -1,39 +1,62 @@
-//! A process that keeps a mount namespace until the one that serves its filesystems has ended.
+//! A process that keeps a mount namespace.
 //!
-//! Without it a server that is killed as the last process of its namespace never dies. Its exit
-//! closes `/dev/fuse` and gives up the namespace in one go, and Linux (6.18, `do_exit`) takes down
-//! the mounts before it lets go of the closed files: the filesystem on top is synced, the sync
-//! waits for an answer from FUSE, and FUSE waits for the very exit that is waiting. The loop
-//! device, and every losetup(8) on the machine, then hang until somebody aborts the connection.
+//! A namespace lives as long as its last member. A server that is killed as the last member of the
+//! one that its filesystem is mounted in never dies: its exit closes `/dev/fuse` and gives up the
+//! namespace in one go, and Linux (6.18, `do_exit`) takes down the mounts before it lets go of the
+//! closed files: the filesystem on top is synced, the sync waits for an answer from FUSE, and FUSE
+//! for the very exit that is waiting. The loop device, and every losetup(8) on the machine, then
+//! hang until somebody aborts the connection.
 //!
-//! The keeper waits for the end of a pipe that the server holds open. So the server always exits
-//! first, FUSE fails all that is pending, and the mounts go down with the keeper.
+//! So a server stays out of the namespace where it can ([`View::Of`]), and a keeper is its member
+//! there when the command that made it is gone. Where it cannot, the keeper waits for the end of a
+//! pipe that the server holds open, and outlives the server if the two are not killed at once.
 
+use std::io::{Read, Write};
 use std::process::{Child, Stdio};
 
 use tracing::warn;
 
 use super::tool::Tool;
-use crate::error::{Attempt, Result};
+use super::view::View;
+use crate::error::{Attempt, Error, Kind, Result};
 
-/// Keeps the mount namespace of the thread that started it. Dropping it ends it.
+/// Keeps a mount namespace. Dropping it ends it.
 #[derive(Debug)]
 pub struct Keeper(Child);
 
 impl Keeper {
     /// Start it before `/dev/fuse` is opened. It hears no signal but SIGKILL, and does not die with
-    /// the thread that started it: other threads may still be serving.
-    pub fn start() -> Result<Keeper> {
-        let mut command = Tool::new("cat").deaf().outlive().command()?;
+    /// the thread that started it: other threads may still be serving. It is a member of the
+    /// namespace when this returns.
+    pub fn start(view: View) -> Result<Keeper> {
+        let mut command = Tool::new("cat").inside(view).deaf().outlive().command()?;
         command
             .current_dir("/")
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null());
-        let child = command.spawn();
-        Ok(Keeper(
-            child.attempt(|| "start a keeper of the mount namespace")?,
-        ))
+        let mut start = || -> Result<Keeper> {
+            let mut keeper = Keeper(command.spawn()?);
+            keeper.greet()?;
+            Ok(keeper)
+        };
+        start().attempt(|| "start a keeper of the mount namespace")
+    }
+
+    /// What is sent comes back once the program runs.
+    fn greet(&mut self) -> Result<()> {
+        let (Some(to), Some(mut from)) = (&mut self.0.stdin, self.0.stdout.take()) else {
+            return Err(Error::new(Kind::Io, "it has no pipes"));
+        };
+        let mut back = [0];
+        to.write_all(b"\n")
+            .and_then(|()| from.read_exact(&mut back))
+            .attempt(|| "hear from it")
+    }
+
+    /// The namespace that it keeps, as long as it lives.
+    pub fn view(&self) -> View {
+        View::Of(self.0.id())
     }
 }
 
@@ -53,7 +76,7 @@ mod tests {
 
     #[test]
     fn it_stands_in_no_directory_and_ends_when_dropped() {
-        let keeper = Keeper::start().expect("cat runs");
+        let keeper = Keeper::start(View::Own).expect("cat runs");
         let process = PathBuf::from(format!("/proc/{}", keeper.0.id()));
         let cwd = std::fs::read_link(process.join("cwd")).expect("it runs");
         assert_eq!(cwd, PathBuf::from("/"));
@@ -63,9 +86,17 @@ mod tests {
 
     #[test]
     fn it_outlives_the_thread_that_started_it() {
-        let keeper = std::thread::spawn(Keeper::start).join().expect("no panic");
+        let start = || Keeper::start(View::Own);
+        let keeper = std::thread::spawn(start).join().expect("no panic");
         let mut keeper = keeper.expect("cat runs");
         std::thread::sleep(std::time::Duration::from_millis(50));
         assert!(keeper.0.try_wait().expect("ours").is_none());
+    }
+
+    #[test]
+    fn a_namespace_that_is_gone_cannot_be_kept() {
+        let nobody = View::Of(u32::MAX);
+        let error = Keeper::start(nobody).unwrap_err();
+        assert!(error.report().contains("keeper"), "{}", error.report());
     }
 }

@@ -12,9 +12,11 @@ pub mod privilege; //   what this process can mount with
 pub mod spawn; //       what a child inherits: its parent's death, its deafness to signals
 pub mod stream; //      following a program's output line by line
 pub mod tool; //        running another program to its end
+pub mod view; //        acting in a mount namespace without being of it
 
 pub use machine::{host_name, memory_bytes};
 pub use mkfs::make_ext4;
-pub use namespace::{enter_private, runtime_directory};
+pub use namespace::{Private, enter_private, runtime_directory};
 pub use privilege::Means;
 pub use tool::{Tool, require};
+pub use view::{View, in_private};

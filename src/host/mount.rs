@@ -22,6 +22,7 @@ use tracing::{info, warn};
 
 use super::loop_device::Tuned;
 use super::tool::Tool;
+use super::view::View;
 use super::{holders, mount_table};
 use crate::error::{Attempt, Error, Kind, Result};
 
@@ -56,6 +57,7 @@ const POLL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Mounted {
     at: PathBuf,
+    view: View,
     minor: u32,
     below: Below,
     mounted: bool,
@@ -121,29 +123,44 @@ fn resolve(at: &Path) -> Result<PathBuf> {
 pub fn mount_volume(file: &Path, at: &Path, driver: Driver, read_only: bool) -> Result<Mounted> {
     let at = check_mountpoint(at)?;
     let mounted = match driver {
-        Driver::Kernel => mount_by_loop(file, &at, read_only),
+        Driver::Kernel => mount_by_loop(file, &at, View::Own, read_only),
         Driver::Fuse2fs => mount_by_fuse2fs(file, &at, read_only),
     };
+    said(mounted, &at, driver, read_only)
+}
+
+/// The same, by the kernel and in another mount namespace: `file` and `at` are paths inside, and
+/// `at` is a directory of ours that needs no check.
+///
+/// # Errors
+/// Those of [`mount_volume`].
+pub fn mount_volume_inside(file: &Path, at: &Path, view: View, read_only: bool) -> Result<Mounted> {
+    let mounted = mount_by_loop(file, at, view, read_only);
+    said(mounted, at, Driver::Kernel, read_only)
+}
+
+fn said(mounted: Result<Mounted>, at: &Path, driver: Driver, read_only: bool) -> Result<Mounted> {
     let mounted = mounted.attempt(|| format!("mount the volume on {}", at.display()))?;
     info!(at = %at.display(), ?driver, read_only, "mounted");
     Ok(mounted)
 }
 
-fn mount_by_loop(file: &Path, at: &Path, read_only: bool) -> Result<Mounted> {
+fn mount_by_loop(file: &Path, at: &Path, view: View, read_only: bool) -> Result<Mounted> {
     let tool = Tool::new("mount").args(["-t", "ext4", "-o", KERNEL_OPTIONS]);
     // Writable even when it is to be read only: else the loop device would be read-only too, and a
     // journal that was not written back could not be replayed.
-    tool.arg(file).arg(at).deaf().run()?;
+    tool.arg(file).arg(at).deaf().inside(view).run()?;
     if read_only {
-        let remount = Tool::new("mount").args(["-o", "remount,ro"]).arg(at).deaf();
-        if let Err(error) = remount.run() {
-            let _ = unmount(at).inspect_err(|e| warn!("{}", e.report()));
+        let remount = Tool::new("mount").args(["-o", "remount,ro"]).arg(at);
+        if let Err(error) = remount.deaf().inside(view).run() {
+            let _ = unmount(at, view).inspect_err(|e| warn!("{}", e.report()));
             return Err(error);
         }
     }
-    let entry = mount_table::topmost(at)?.ok_or_else(|| not_there(at))?;
+    let entry = view.topmost(at)?.ok_or_else(|| not_there(at))?;
     Ok(Mounted {
         at: at.to_path_buf(),
+        view,
         minor: entry.minor,
         below: Below::Loop(Tuned::new(&entry.source)),
         mounted: true,
@@ -171,6 +188,7 @@ fn mount_by_fuse2fs(file: &Path, at: &Path, read_only: bool) -> Result<Mounted> 
     match wait_for_mount(&mut child, at) {
         Ok(minor) => Ok(Mounted {
             at: at.to_path_buf(),
+            view: View::Own,
             minor,
             below: Below::Fuse2fs(child),
             mounted: true,
@@ -235,8 +253,8 @@ fn not_there(at: &Path) -> Error {
 ///
 /// # Errors
 /// [`Kind::InUse`], naming who keeps it busy.
-pub fn unmount(at: &Path) -> Result<()> {
-    let tool = Tool::new("umount").arg("--").arg(at).deaf();
+pub fn unmount(at: &Path, view: View) -> Result<()> {
+    let tool = Tool::new("umount").arg("--").arg(at).deaf().inside(view);
     let output = tool.run_to_any_end()?;
     if output.status.success() {
         return Ok(());
@@ -253,18 +271,26 @@ pub fn unmount(at: &Path) -> Result<()> {
 }
 
 /// Has everything written that was written to the filesystem at `at`, as `sync -f` does.
-pub fn sync(at: &Path) -> Result<()> {
+pub fn sync(at: &Path, view: View) -> Result<()> {
     let tool = Tool::new("sync").args(["-f", "--"]).arg(at).deaf();
-    let done = tool.run().map(drop);
+    let done = tool.inside(view).run().map(drop);
     done.attempt(|| format!("sync {}", at.display()))
 }
 
 /// Takes `at` out of sight now; it ends when its last user lets go of it. For teardown when the
 /// device below is dead.
-pub fn unmount_lazily(at: &Path) -> Result<()> {
+pub fn unmount_lazily(at: &Path, view: View) -> Result<()> {
     let tool = Tool::new("umount").args(["-l", "--"]).arg(at).deaf();
-    let done = tool.run().map(drop);
+    let done = tool.inside(view).run().map(drop);
     done.attempt(|| format!("detach {}", at.display()))
+}
+
+/// The same, after the kernel was told to give up on what serves the filesystem at `at`: whoever
+/// waits for it gets an error.
+pub fn unmount_by_force(at: &Path, view: View) -> Result<()> {
+    let tool = Tool::new("umount").args(["-f", "-l", "-i", "-c", "--"]);
+    let done = tool.arg(at).deaf().inside(view).run().map(drop);
+    done.attempt(|| format!("detach {} by force", at.display()))
 }
 
 impl Mounted {
@@ -274,7 +300,7 @@ impl Mounted {
 
     /// Whether it is still there: anybody may have unmounted it.
     pub fn is_mounted(&self) -> bool {
-        let entry = mount_table::topmost(&self.at);
+        let entry = self.view.topmost(&self.at);
         self.mounted && entry.is_ok_and(|entry| entry.is_some_and(|e| e.minor == self.minor))
     }
 
@@ -286,7 +312,7 @@ impl Mounted {
     /// again. [`Kind::Io`] when the last writes failed.
     pub fn unmount(&mut self) -> Result<()> {
         if self.is_mounted() {
-            unmount(&self.at)?;
+            unmount(&self.at, self.view)?;
         }
         self.release()
     }
@@ -294,7 +320,7 @@ impl Mounted {
     /// Out of sight now, without waiting for anybody who uses it.
     pub fn unmount_lazily(&mut self) -> Result<()> {
         if self.is_mounted() {
-            unmount_lazily(&self.at)?;
+            unmount_lazily(&self.at, self.view)?;
         }
         self.release()
     }

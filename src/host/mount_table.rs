@@ -24,7 +24,15 @@ pub struct Entry {
 /// and free of links.
 pub fn topmost(at: &Path) -> Result<Option<Entry>> {
     // The thread's table, since a namespace belongs to a thread.
-    let path = "/proc/thread-self/mountinfo";
+    read("/proc/thread-self/mountinfo", at)
+}
+
+/// The same in the mount namespace of another process.
+pub(super) fn topmost_of(pid: u32, at: &Path) -> Result<Option<Entry>> {
+    read(&format!("/proc/{pid}/mountinfo"), at)
+}
+
+fn read(path: &str, at: &Path) -> Result<Option<Entry>> {
     let table = fs::read(path).attempt(|| format!("read {path}"))?;
     Ok(find(&table, at))
 }

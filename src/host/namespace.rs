@@ -12,11 +12,14 @@
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, getegid, geteuid};
 use rustix::thread::{CapabilitySet, UnshareFlags};
+use serde::{Deserialize, Serialize};
 
+use super::view::{Door, View};
 use crate::error::{Attempt, Error, Kind, Result};
 
 /// The directory for sockets and mountpoints: `/run/e2ebak` for root, `$XDG_RUNTIME_DIR/e2ebak`
@@ -54,8 +57,38 @@ fn make_own(directory: &Path, user: u32) -> Result<()> {
     Ok(())
 }
 
-/// Moves this process into a mount namespace of its own, and gives back the runtime directory,
-/// which is then an empty tmpfs. There is no way back.
+/// A mount namespace that this process has moved into, for a session that is started in it or,
+/// where that is possible, outside of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Private {
+    directory: PathBuf,
+    /// How others act inside.
+    view: View,
+    /// For a child that shall start where this process came from.
+    #[serde(skip)]
+    way_back: Option<Arc<Door>>,
+}
+
+impl Private {
+    /// The runtime directory inside, a tmpfs.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// How the process that is started on the way back acts inside; [`View::Own`] without one.
+    pub fn view(&self) -> View {
+        self.view
+    }
+
+    /// The way to where this process was before. An ordinary user has none: out of his user
+    /// namespace he may not go.
+    pub fn way_back(&self) -> Option<Arc<Door>> {
+        self.way_back.clone()
+    }
+}
+
+/// Moves this process into a mount namespace of its own. The runtime directory in it is an empty
+/// tmpfs.
 ///
 /// `let_go` are mountpoints that end in the new namespace: what is mounted there would else stay in
 /// use until this process ends, on a host whose mounts are not shared (mount_namespaces(7)).
@@ -65,7 +98,7 @@ fn make_own(directory: &Path, user: u32) -> Result<()> {
 ///
 /// # Errors
 /// [`Kind::Denied`] when the system does not allow it; [`Kind::Usage`] with other threads running.
-pub fn enter_private(let_go: &[PathBuf]) -> Result<PathBuf> {
+pub fn enter_private(let_go: &[PathBuf]) -> Result<Private> {
     let threads = fs::read_dir("/proc/self/task").map(Iterator::count);
     match threads.attempt(|| "count the threads in /proc/self/task")? {
         1 => {}
@@ -77,6 +110,10 @@ pub fn enter_private(let_go: &[PathBuf]) -> Result<PathBuf> {
         }
     }
     let directory = runtime_directory()?;
+    let way_back = match may_return() {
+        true => Some(Arc::new(Door::here()?)),
+        false => None,
+    };
     match geteuid().is_root() {
         true => unshare(UnshareFlags::NEWNS).attempt(|| "make a private mount namespace")?,
         false => enter_user_namespace()?,
@@ -100,7 +137,21 @@ pub fn enter_private(let_go: &[PathBuf]) -> Result<PathBuf> {
         Some(c"mode=0700,size=4m"),
     )
     .attempt(|| format!("mount a tmpfs on {}", directory.display()))?;
-    Ok(directory)
+    Ok(Private {
+        directory,
+        view: match way_back {
+            Some(_) => View::Of(std::process::id()),
+            None => View::Own,
+        },
+        way_back,
+    })
+}
+
+/// What setns(2) and chroot(2) ask for.
+fn may_return() -> bool {
+    let needed = CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT;
+    let sets = rustix::thread::capabilities(None);
+    geteuid().is_root() && sets.is_ok_and(|sets| sets.effective.contains(needed))
 }
 
 /// A user namespace in which the caller is himself and nobody else exists, and a mount namespace

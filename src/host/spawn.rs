@@ -11,8 +11,11 @@
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::Arc;
 
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+
+use super::view::Door;
 
 /// The signals that a terminal, a service manager or an administrator ends programs with.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
@@ -50,6 +53,15 @@ pub fn prepare(command: &mut Command, fate: Fate) {
     // two Copy values, and an error made of an errno allocates nothing.
     unsafe {
         command.pre_exec(move || apply(fate, parent));
+    }
+}
+
+/// Has the next spawns of `command` start on the other side of `door`, where its program is also
+/// looked up.
+pub fn start_behind(command: &mut Command, door: Arc<Door>) {
+    // SAFETY: four system calls; an error made of an errno allocates nothing.
+    unsafe {
+        command.pre_exec(move || Ok(door.pass()?));
     }
 }
 

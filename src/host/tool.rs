@@ -14,6 +14,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use tracing::debug;
 
 use super::spawn::{Fate, prepare};
+use super::view::View;
 use crate::error::{Attempt, Error, Kind, Result};
 
 /// Looked at after `PATH`: cron and ordinary users have no sbin in theirs.
@@ -32,6 +33,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("umount", "mount"),
     ("losetup", "mount"),
     ("fstrim", "util-linux"),
+    ("nsenter", "util-linux"),
     ("unshare", "util-linux"),
     ("rsync", "rsync"),
     ("ssh", "openssh-client"),
@@ -49,6 +51,7 @@ pub struct Tool {
     environment: Vec<(OsString, OsString)>,
     accepted: Vec<i32>,
     fate: Fate,
+    view: View,
 }
 
 /// What a tool left behind.
@@ -71,6 +74,7 @@ impl Tool {
                 die_with_parent: true,
                 ..Fate::default()
             },
+            view: View::Own,
         }
     }
 
@@ -107,6 +111,12 @@ impl Tool {
         self
     }
 
+    /// It shall run in another mount namespace, in its root directory.
+    pub fn inside(mut self, view: View) -> Self {
+        self.view = view;
+        self
+    }
+
     /// The command as it would be run, with standard input from `/dev/null`; for callers that
     /// follow the output while it comes.
     ///
@@ -114,7 +124,7 @@ impl Tool {
     /// [`Kind::MissingTool`], with the package that brings it, when the program is not found.
     pub fn command(&self) -> Result<Command> {
         let path = find(&self.program).ok_or_else(|| missing(&self.program))?;
-        let mut command = Command::new(path);
+        let mut command = self.begin(path)?;
         command.args(&self.arguments).stdin(Stdio::null());
         for (name, _) in std::env::vars_os() {
             if name.as_bytes().starts_with(b"E2EBAK_") {
@@ -126,6 +136,23 @@ impl Tool {
             .envs(self.environment.iter().map(|(name, value)| (name, value)));
         prepare(&mut command, self.fate);
         debug!(argv = %self.argv(), "run");
+        Ok(command)
+    }
+
+    /// nsenter(1) becomes the program that it starts. A child of ours that went inside by itself
+    /// would for a moment hold our descriptors there.
+    fn begin(&self, program: PathBuf) -> Result<Command> {
+        let View::Of(pid) = self.view else {
+            return Ok(Command::new(program));
+        };
+        let nsenter = OsStr::new("nsenter");
+        let mut command = Command::new(find(nsenter).ok_or_else(|| missing(nsenter))?);
+        command
+            .arg(format!("--mount=/proc/{pid}/ns/mnt"))
+            .arg(format!("--root=/proc/{pid}/root"))
+            .arg(format!("--wd=/proc/{pid}/root"))
+            .arg("--")
+            .arg(program);
         Ok(command)
     }
 

@@ -11,7 +11,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use super::{LinkSettings, ssh_dial};
+use super::LinkSettings;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::link::{Handle, Stream};
 use crate::location::Location;
@@ -50,20 +50,23 @@ struct Shell {
 }
 
 impl Shell {
-    /// `None` where there can be none: a local file, `--ssh-command`, a path with a newline.
+    /// `None` where there can be none: a local file, `--ssh-command`, `--ssh built-in`, a path with a newline.
     fn start(location: &Location, link: &LinkSettings, script: &str) -> Result<Option<Shell>> {
         let Location::Sftp(server, path) = location else {
             return Ok(None);
         };
-        if link.command.is_some() || path.as_str().contains('\n') {
+        if path.as_str().contains('\n') {
             return Ok(None);
         }
+        let Some(dial) = link.shell(server)? else {
+            return Ok(None);
+        };
         // In one line: not every login shell takes more.
         let Stream {
             reader,
             mut writer,
             handle,
-        } = ssh_dial(server, link).exec(&script.replace('\n', " "))?;
+        } = dial.exec(&script.replace('\n', " "))?;
         let (sender, lines) = channel();
         let listen = move || {
             let mut reader = BufReader::new(reader);

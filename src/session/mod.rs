@@ -18,17 +18,22 @@
 //! the session dies, the kernel ends the FUSE mount and everything above it.
 
 mod client;
+mod close;
 mod grow;
+mod keeping;
 mod mounts;
 mod server;
 mod stage;
-mod wire;
+mod telling;
+#[doc(hidden)] // for `fuzz/`
+pub mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
+pub use close::{Closed, close_mount};
 pub use grow::{fill_mounted, fill_unmounted};
-pub use mounts::{Closed, PublicMount, close_mount, enter_private, public_mount};
+pub use mounts::{PublicMount, enter_private, public_mount};
 pub use server::serve;
-pub use wire::{Place, Plan, Status};
+pub use wire::{LinkDown, Place, Plan, Status};
 
 /// The hidden verb that the session process is started with.
 pub const VERB: &str = "session-process";

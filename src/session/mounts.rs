@@ -11,27 +11,16 @@ use serde::{Deserialize, Serialize};
 
 use tracing::warn;
 
-use super::wire::{Order, Report, receive, send};
 use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::export::FILE_NAME;
-use crate::host::{self, Means, mount, mount_table, runtime_directory};
+use crate::host::{self, Means, Private, View, mount, mount_table, runtime_directory};
 use crate::location::Location;
-use crate::progress::{Event, Monitor, Progress};
 
 const STATE: &str = "state.json";
 const CONTROL: &str = "control";
 const FAILURE: &str = "failure.json";
 /// Where the volume's FUSE file is, below a session's directory.
 pub(super) const FUSE: &str = "fuse";
-
-/// How a session had served until it was closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Closed {
-    /// Everything is on stable storage.
-    Synced,
-    /// Its process was gone, and with it what it had not yet synced.
-    Lost,
-}
 
 /// A session that serves a public mountpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -101,7 +90,7 @@ pub(super) fn write_state(session: &Path, mount: &Mount) -> Result<()> {
 }
 
 /// Every public mount of this user, with its session's directory.
-fn all() -> Result<Vec<(PathBuf, Mount)>> {
+pub(super) fn all() -> Result<Vec<(PathBuf, Mount)>> {
     let runtime = runtime_directory()?;
     let mut mounts = Vec::new();
     for entry in fs::read_dir(&runtime)
@@ -141,13 +130,13 @@ pub fn public_mount(location: &Location) -> Result<Option<PublicMount>> {
 }
 
 /// Moves this process into a mount namespace of its own, without the public mounts of this user in
-/// it, so that they can be unmounted while it runs. Gives back the runtime directory, empty there.
+/// it, so that they can be unmounted while it runs.
 ///
 /// Call it before any thread is started.
 ///
 /// # Errors
 /// [`Kind::Denied`], with what is missing, when nothing can be mounted in it.
-pub fn enter_private() -> Result<PathBuf> {
+pub fn enter_private() -> Result<Private> {
     if let Means::None { why } = Means::of_this_process() {
         return Err(Error::new(Kind::Denied, why));
     }
@@ -158,76 +147,7 @@ pub fn enter_private() -> Result<PathBuf> {
     host::enter_private(&places.collect::<Vec<_>>())
 }
 
-/// Has the session behind `mountpoint` unmount, drain, sync and release the lease; returns when
-/// that is done.
-pub fn close_mount(mountpoint: &Path, monitor: &dyn Monitor) -> Result<Closed> {
-    let wanted = lexical(mountpoint)?;
-    let mut mounts = all()?;
-    mounts.retain(|(_, mount)| mount.mountpoint == wanted);
-    let Some((session, _)) = mounts.first() else {
-        let why = format!("nothing of yours is mounted at {}", wanted.display());
-        let error = Error::new(Kind::NotFound, why);
-        return Err(error.hint("give the directory that `e2ebak mount` was given"));
-    };
-    // A dead session may have left its word for the same directory; a living one comes first.
-    let connect = |session: &Path| UnixStream::connect(control_path(session));
-    let living = mounts.iter().find_map(|(session, _)| connect(session).ok());
-    let mut stream = match living.map_or_else(|| connect(session), Ok) {
-        Err(error) if is_gone(&error) => return clear_away(session, &wanted),
-        other => {
-            other.attempt(|| format!("talk to the session that serves {}", wanted.display()))?
-        }
-    };
-    send(&mut stream, &Order::Close)?;
-    loop {
-        match receive::<Report>(&mut stream)? {
-            Some(Report::Done(_)) => return Ok(Closed::Synced),
-            Some(Report::Failed(told)) => return Err(told.into()),
-            Some(Report::Status(status)) => {
-                let progress = Progress {
-                    owed: Some(status.owed),
-                    sent: Some(status.sent),
-                    ..Progress::default()
-                };
-                monitor.report(Event::Progress(progress));
-            }
-            Some(Report::Warning(text)) => monitor.report(Event::Warning(text)),
-            Some(_) => {}
-            None => {
-                let why = format!("the session that serves {} broke off", wanted.display());
-                return Err(Error::new(Kind::Io, why));
-            }
-        }
-    }
-}
-
-/// Frees a mountpoint whose session was killed. Nothing that a mount of a dead session is asked
-/// for ever comes, so both go out of sight without being asked.
-///
-/// # Errors
-/// How the session failed, if it could still say so.
-fn clear_away(session: &Path, mountpoint: &Path) -> Result<Closed> {
-    if mount_table::topmost(mountpoint)?.is_some() {
-        mount::unmount_lazily(mountpoint)?;
-    }
-    let failure = failure(session);
-    remove(session)?;
-    match failure {
-        Some(told) => Err(Error::from(told)).attempt(|| "the session has failed"),
-        None => Ok(Closed::Lost),
-    }
-}
-
-/// Whether nobody listens at a control socket any more.
-fn is_gone(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind;
-    matches!(
-        error.kind(),
-        ErrorKind::ConnectionRefused | ErrorKind::NotFound
-    )
-}
-
-fn failure(session: &Path) -> Option<Told> {
+pub(super) fn failure(session: &Path) -> Option<Told> {
     let bytes = fs::read(session.join(FAILURE)).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
@@ -243,12 +163,16 @@ pub(super) fn leave_failure(session: &Path, mount: &Mount, failure: &Error) -> R
 }
 
 /// Removes the directory of a session that is dead, and its FUSE mount, which answers nobody.
-fn remove(session: &Path) -> Result<()> {
+pub(super) fn remove(session: &Path) -> Result<()> {
     let fuse = session.join(FUSE);
     if mount_table::topmost(&fuse)?.is_some() {
-        mount::unmount_lazily(&fuse)?;
+        mount::unmount_lazily(&fuse, View::Own)?;
     }
-    fs::remove_dir_all(session).attempt(|| format!("remove {}", session.display()))
+    match fs::remove_dir_all(session) {
+        // The session itself was just done with it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed.attempt(|| format!("remove {}", session.display())),
+    }
 }
 
 fn state(session: &Path) -> Option<Mount> {

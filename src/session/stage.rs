@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::mounts::FUSE;
-use super::server::{Happening, place};
+use super::mounts::{self, FUSE};
+use super::server::Happening;
 use super::wire::{Place, Plan};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::export::{self, Export};
-use crate::host::Means;
+use crate::host::keeper::Keeper;
 use crate::host::mount::{self, Driver, Mounted};
+use crate::host::{Means, View};
 use crate::image::{Opened, Volume};
 
 /// How long one look at the export waits for it to be closed.
@@ -38,6 +39,7 @@ pub(super) enum Unmounting {
 pub(super) struct Stage {
     directory: PathBuf,
     mounted_at: PathBuf,
+    view: View,
     mounted: Mutex<Mounted>,
     below: Below,
 }
@@ -48,6 +50,48 @@ struct Below {
     export: Arc<Export>,
     /// The session's directory, when it goes with the session.
     removed: Option<PathBuf>,
+    /// Keeps the namespace of the mounts, when it is not ours. Last, so that it outlives them.
+    keeper: Option<Keeper>,
+}
+
+/// Where a session's mounts are made.
+struct Ground {
+    directory: PathBuf,
+    mountpoint: PathBuf,
+    keeper: Option<Keeper>,
+}
+
+impl Ground {
+    fn prepare(place: &Place) -> Result<Ground> {
+        match place {
+            Place::Private(private) => {
+                // The command is a member now; the keeper still is when the command was killed.
+                let keeper = match private.view() {
+                    View::Own => None,
+                    command => Some(Keeper::start(command)?),
+                };
+                Ok(Ground {
+                    directory: private.directory().to_path_buf(),
+                    mountpoint: private.directory().join("filesystem"),
+                    keeper,
+                })
+            }
+            Place::Public(mountpoint) => Ok(Ground {
+                directory: mounts::session_directory(&crate::host::runtime_directory()?)?,
+                mountpoint: mounts::lexical(mountpoint)?,
+                keeper: None,
+            }),
+        }
+    }
+
+    fn view(&self) -> View {
+        self.keeper.as_ref().map_or(View::Own, Keeper::view)
+    }
+
+    fn make(&self, directory: &Path) -> Result<()> {
+        let made = std::fs::create_dir_all(self.view().path(directory));
+        made.attempt(|| format!("create {}", directory.display()))
+    }
 }
 
 impl Stage {
@@ -57,21 +101,36 @@ impl Stage {
             Means::UserNamespace => Driver::Fuse2fs,
             Means::None { why } => return Err(Error::new(Kind::Denied, why)),
         };
-        let (directory, at) = place(plan)?;
-        mount::check_mountpoint(&at)?;
-        let fuse = directory.join(FUSE);
-        std::fs::create_dir_all(&fuse).attempt(|| format!("create {}", fuse.display()))?;
+        let ground = Ground::prepare(&plan.place)?;
+        let (view, at) = (ground.view(), ground.mountpoint.clone());
+        match plan.place {
+            Place::Private(_) => ground.make(&at)?,
+            Place::Public(_) => drop(mount::check_mountpoint(&at)?),
+        }
+        let fuse = ground.directory.join(FUSE);
+        ground.make(&fuse)?;
         let volume = opened.volume;
-        let export = Export::mount(volume.device(), &fuse, export::Options::default())
+        let options = export::Options {
+            view,
+            ..export::Options::default()
+        };
+        let export = Export::mount(volume.device(), &fuse, options)
             .map_err(|e| e.hint("mounting needs root, or the use of /dev/fuse and fuse2fs"))?;
         let below = Below {
             volume,
             export: Arc::new(export),
-            removed: matches!(plan.place, Place::Public(_)).then(|| directory.clone()),
+            removed: matches!(plan.place, Place::Public(_)).then(|| ground.directory.clone()),
+            keeper: ground.keeper,
         };
-        match mount::mount_volume(&below.export.file(), &at, driver, plan.read_only) {
+        let file = below.export.file();
+        let mounted = match view {
+            View::Own => mount::mount_volume(&file, &at, driver, plan.read_only),
+            inside => mount::mount_volume_inside(&file, &at, inside, plan.read_only),
+        };
+        match mounted {
             Ok(mounted) => Ok(Stage {
-                directory,
+                directory: ground.directory,
+                view,
                 mounted_at: mounted.at().to_path_buf(),
                 mounted: Mutex::new(mounted),
                 below,
@@ -102,6 +161,11 @@ impl Stage {
         self.below.volume.owed_later()
     }
 
+    /// Fits the cache to a link with this round trip and these bytes per second.
+    pub fn tune(&self) -> impl Fn(Duration, u64) + Send + use<> {
+        self.below.volume.tune_later()
+    }
+
     /// Tells when somebody else has unmounted the filesystem.
     pub fn watch(&self, sender: Sender<Happening>) -> Result<()> {
         let export = Arc::downgrade(&self.below.export);
@@ -125,7 +189,7 @@ impl Stage {
         // Where another namespace has a copy of the mount, unmounting ours would sync nothing. A
         // filesystem that can no longer be synced still has to go.
         let synced = match mounted.is_mounted() {
-            true => mount::sync(&self.mounted_at),
+            true => mount::sync(&self.mounted_at, self.view),
             false => Ok(()),
         };
         mounted.unmount()?;
@@ -172,7 +236,7 @@ impl Stage {
         match self.unmount() {
             Err(error) if error.kind() == Kind::InUse => {
                 warn!("{}; what is open ends with its process", error.report());
-                let synced = mount::sync(&self.mounted_at);
+                let synced = mount::sync(&self.mounted_at, self.view);
                 self.mounted().unmount_lazily()?;
                 synced
             }
@@ -198,6 +262,9 @@ impl Below {
             // The FUSE mount is gone; a leftover in a runtime directory harms nobody.
             let _ = std::fs::remove_dir_all(directory);
         }
-        synced.and(self.volume.close()).and(unmounted)
+        let closed = self.volume.close();
+        // It takes down what is left in the namespace, if the command is gone.
+        drop(self.keeper);
+        synced.and(closed).and(unmounted)
     }
 }

@@ -3,10 +3,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod force;
 mod images;
 mod links;
 mod places;
 mod signals;
+mod together;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};

@@ -205,6 +205,13 @@ impl Running {
         });
     }
 
+    /// Waits until standard error has this in it.
+    pub fn until_says(&self, text: &str) {
+        wait_for(text, Duration::from_secs(60), || {
+            fs::read_to_string(&self.stderr).is_ok_and(|told| told.contains(text))
+        });
+    }
+
     /// Waits for the end. A run beyond all bounds is asked to stop, then killed, and the test fails.
     pub fn wait(mut self) -> Ran {
         let mut hung = false;

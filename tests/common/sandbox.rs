@@ -94,24 +94,25 @@ impl Sandbox {
         found
     }
 
-    /// SIGKILL to every one of them. The keepers of mount namespaces come last, when the servers
-    /// that they keep them for have ended: a server that is the last of its namespace never ends.
+    /// SIGKILL to every one of them at once, and a while for them to end.
     pub fn kill_processes(&self) {
-        let processes = self.processes();
+        self.kill_processes_by(|_| 0);
+    }
+
+    /// The same with those first whose process number and command line give the least key. Nobody
+    /// waits for anybody in between.
+    pub fn kill_processes_by<K: Ord>(&self, key: impl FnMut(&(u32, String)) -> K) {
+        let mut processes = self.processes();
         for (pid, _) in &processes {
             self.connections.borrow_mut().extend(fuse_connections(*pid));
         }
-        let (keepers, others): (Vec<_>, Vec<_>) = processes
-            .into_iter()
-            .partition(|(_, line)| line.trim_end().ends_with("/cat"));
-        for group in [others, keepers] {
-            for (pid, _) in &group {
-                kill(*pid, Signal::KILL);
-            }
-            let end = Instant::now() + Duration::from_secs(5);
-            while group.iter().any(|(pid, _)| !is_dead(*pid)) && Instant::now() < end {
-                std::thread::sleep(Duration::from_millis(10));
-            }
+        processes.sort_by_cached_key(key);
+        for (pid, _) in &processes {
+            kill(*pid, Signal::KILL);
+        }
+        let end = Instant::now() + Duration::from_secs(5);
+        while processes.iter().any(|(pid, _)| !is_dead(*pid)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -242,8 +243,13 @@ fn fuse_connections(pid: u32) -> Vec<u32> {
     found
 }
 
-/// Those of the connections that still exist; aborted, if so told.
+/// Those of the connections that still exist and that nobody serves; aborted, if so told. One that
+/// somebody serves is of another test: the kernel gives the numbers out again.
 fn stuck_connections(connections: &BTreeSet<u32>, abort: bool) -> Vec<String> {
+    let processes = fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let served: BTreeSet<u32> = pids.flat_map(fuse_connections).collect();
+    let connections: Vec<u32> = connections.difference(&served).copied().collect();
     if connections.is_empty() {
         return Vec::new();
     }
