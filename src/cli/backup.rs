@@ -1,19 +1,21 @@
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
+use crate::cli::keep::{KeepArgs, goes};
 use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host;
 use crate::location::Location;
 use crate::progress::{Event, Monitor};
 use crate::session::{self, Place, Plan, Session, Status};
-use crate::snapshot::{self, Filters, Job, Outcome};
+use crate::snapshot::{self, Catalogue, Deleted, Filters, Job, MountedFiles, Outcome};
 use crate::ui::{Style, Terminal};
 use crate::ui::{say, tell};
 use crate::units::{Bytes, parse_duration, show_duration};
@@ -22,7 +24,7 @@ use crate::units::{Bytes, parse_duration, show_duration};
 ///
 /// Every snapshot looks like a full copy; what did not change since the last one is a hard link.
 /// An interrupted run is taken up again by the next one. A snapshot appears only when it is whole
-/// and synced on the server.
+/// and synced on the server. With --keep-... options it then deletes old ones, as `e2ebak prune`.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -47,6 +49,9 @@ pub struct Args {
     /// Leave out the content of directories that hold a CACHEDIR.TAG
     #[arg(long, help_heading = "Filters")]
     exclude_caches: bool,
+
+    #[command(flatten)]
+    keep: KeepArgs,
 
     /// How long to wait while somebody else holds the image, for example 30m
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0")]
@@ -117,10 +122,19 @@ pub fn run(args: Args) -> Result<Ending> {
         }),
         None => taken,
     };
+    let pruned = match &taken {
+        Ok(_) if !args.keep.is_empty() => prune(&args.keep, session.mounted_at(), &stop, &terminal),
+        _ => Ok(Deleted::default()),
+    };
     let closed = session.close();
     terminal.finish();
     let (outcome, status) = both(taken, closed).attempt(doing)?;
     summary(&args, &location, &outcome, status, clock.elapsed());
+    let not_pruned = || format!("{} is published, but pruning failed", outcome.record.id);
+    let deleted = pruned.attempt(not_pruned)?;
+    if deleted.snapshots > 0 && !args.output.quiet && !args.json {
+        say!("  deleted    {:>12}   old snapshots", deleted.snapshots);
+    }
     let record = &outcome.record;
     Ok(if record.error_count > 0 || record.rsync_exit_code == 23 {
         Ending::Warnings
@@ -129,8 +143,13 @@ pub fn run(args: Args) -> Result<Ending> {
     })
 }
 
+fn prune(keep: &KeepArgs, root: &Path, stop: &AtomicBool, monitor: &Terminal) -> Result<Deleted> {
+    let catalogue = Catalogue::load(&mut MountedFiles(root.into()))?;
+    snapshot::delete(root, &goes(&keep.judge(&catalogue)?), stop, monitor)
+}
+
 /// The image itself, when it lies on this machine, and our own mounts.
-fn never_backed_up(location: &Location, runtime: &std::path::Path) -> Vec<PathBuf> {
+fn never_backed_up(location: &Location, runtime: &Path) -> Vec<PathBuf> {
     let mut paths = vec![runtime.to_path_buf()];
     if let Location::Local(image) = location
         && let Ok(image) = std::fs::canonicalize(image)

@@ -13,6 +13,7 @@ mod directory;
 mod extent;
 mod inode;
 pub mod journal;
+mod map;
 mod superblock;
 
 use std::fmt;
@@ -21,12 +22,16 @@ pub use attribute::{Attribute, Value, block_attributes, inline_data, inode_attri
 pub use directory::{DirEntry, block_entries, inline_entries};
 pub use extent::{IN_INODE, Node, Run, Step, parse_node};
 pub use inode::{Format, Inode, Stamp};
+pub use map::{Map, Ranges, Read, map, merged, size, without};
 pub use superblock::{Group, Superblock};
 
 /// Why bytes are not what they should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     NotExt4,
+    /// It has to be mounted and unmounted, or repaired, first.
+    NotClosed,
+    HasErrors,
     /// Well formed, but with something this program does not read.
     Unsupported(String),
     Damaged(String),
@@ -37,7 +42,9 @@ impl fmt::Display for Fault {
         match self {
             Fault::NotExt4 => f.write_str("the volume holds no ext4"),
             Fault::Unsupported(what) => write!(f, "the filesystem has {what}"),
-            Fault::Damaged(what) => f.write_str(what),
+            Fault::NotClosed => f.write_str("the filesystem was not unmounted in order"),
+            Fault::HasErrors => f.write_str("the filesystem has noted errors"),
+            Fault::Damaged(what) => write!(f, "the filesystem is damaged: {what}"),
         }
     }
 }

@@ -53,20 +53,36 @@ pub struct Superblock {
     pub(super) checksums: bool,
     pub(super) seed: u32,
     pub(super) inode_size: usize,
-    first_block: u64,
-    blocks_per_group: u64,
-    inodes_per_group: u32,
-    descriptor_size: u64,
+    pub(super) first_block: u64,
+    pub(super) blocks_per_group: u64,
+    pub(super) inodes_per_group: u32,
+    pub(super) descriptor_size: u64,
     first_meta_group: Option<u64>,
+    /// Blocks that descriptors may grow into.
+    pub(super) reserved_descriptor_blocks: u64,
     sparse_super: bool,
 }
 
-/// A group descriptor, as far as reading needs it.
+/// A group descriptor. Only the place of the inode table was checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Group {
     /// First block of its inode table.
     pub inode_table: u64,
+    pub(super) flags: u16,
+    pub(super) block_bitmap: u64,
+    pub(super) inode_bitmap: u64,
+    pub(super) free_blocks: u64,
+    pub(super) inodes_unused: u64,
+    pub(super) bitmap_checksum: u32,
+    /// Bits of the checksum that are stored.
+    pub(super) bitmap_checksum_mask: u32,
 }
+
+/// Flags of a group: nothing in its inode table, or its block bitmap, was ever written; the whole
+/// table was.
+pub(super) const INODE_UNINIT: u16 = 0x1;
+pub(super) const BLOCK_UNINIT: u16 = 0x2;
+pub(super) const INODE_ZEROED: u16 = 0x4;
 
 impl Superblock {
     /// Where it is on the volume, and how long.
@@ -117,6 +133,7 @@ impl Superblock {
             },
             first_meta_group: (incompat & INCOMPAT_META_BG != 0)
                 .then(|| u64::from(u32_at(sb, 0x104))),
+            reserved_descriptor_blocks: u64::from(u16_at(sb, 0xCE)),
             sparse_super: ro_compat & RO_COMPAT_SPARSE_SUPER != 0,
         };
         let bits = fs.block_size * 8;
@@ -149,8 +166,19 @@ impl Superblock {
         self.inode_size
     }
 
-    fn groups(&self) -> u64 {
+    pub(super) fn groups(&self) -> u64 {
         (self.blocks - self.first_block).div_ceil(self.blocks_per_group)
+    }
+
+    pub(super) fn inode_table_blocks(&self) -> u64 {
+        let bytes = u64::from(self.inodes_per_group) * self.inode_size as u64;
+        bytes.div_ceil(self.block_size)
+    }
+
+    /// The blocks of a group.
+    pub(super) fn group_blocks(&self, number: u64) -> std::ops::Range<u64> {
+        let start = self.first_block + number * self.blocks_per_group;
+        start..(start + self.blocks_per_group).min(self.blocks)
     }
 
     /// Bytes of a group descriptor.
@@ -183,7 +211,7 @@ impl Superblock {
     }
 
     /// Whether the group begins with a copy of the superblock.
-    fn has_copy(&self, group: u64) -> bool {
+    pub(super) fn has_copy(&self, group: u64) -> bool {
         let power_of = |base: u64| {
             let mut power = base;
             while power < group {
@@ -203,18 +231,30 @@ impl Superblock {
                 return damaged(format!("the checksum of group descriptor {group} is wrong"));
             }
         }
-        let high = if raw.len() >= 64 {
-            u32_at(raw, 0x28)
-        } else {
-            0
+        let large = raw.len() >= 64;
+        let wide = |low: usize, high: usize| {
+            let high = if large { u32_at(raw, high) } else { 0 };
+            u64::from(u32_at(raw, low)) | u64::from(high) << 32
         };
-        let inode_table = u64::from(u32_at(raw, 0x08)) | u64::from(high) << 32;
-        let bytes = u64::from(self.inodes_per_group) * self.inode_size as u64;
-        let end = inode_table.saturating_add(bytes.div_ceil(self.block_size));
+        let count = |low: usize, high: usize| {
+            let high = if large { u16_at(raw, high) } else { 0 };
+            u64::from(u16_at(raw, low)) | u64::from(high) << 16
+        };
+        let inode_table = wide(0x08, 0x28);
+        let end = inode_table.saturating_add(self.inode_table_blocks());
         if inode_table <= self.first_block || end > self.blocks {
             return damaged(format!("the inode table of group {group} lies elsewhere"));
         }
-        Ok(Group { inode_table })
+        Ok(Group {
+            inode_table,
+            flags: u16_at(raw, 0x12),
+            block_bitmap: wide(0x00, 0x20),
+            inode_bitmap: wide(0x04, 0x24),
+            free_blocks: count(0x0C, 0x2C),
+            inodes_unused: count(0x1C, 0x32),
+            bitmap_checksum: count(0x18, 0x38) as u32,
+            bitmap_checksum_mask: if large { !0 } else { 0xFFFF },
+        })
     }
 }
 

@@ -4,6 +4,7 @@ pub mod engine; //     the SFTP client over one stream: many requests in flight
 mod files; //          what can be done to files of an SFTP server
 mod growth; //         how many sessions a link asks for
 pub mod lanes; //      the sessions with one server: which carries what, and anew when one breaks
+pub mod lean_copy; //  a sparse copy made by the server takes the place of the image
 pub mod lease; //      who may write
 pub mod local; //      a file here
 mod packets; //        packets onto a stream and off it
@@ -118,6 +119,17 @@ pub trait Store: Send + Sync {
     /// Bytes that the image takes on its filesystem; `None` when the server does not tell.
     fn stored(&self) -> Result<Option<u64>> {
         Ok(None)
+    }
+
+    /// Has the server copy these ranges of the image into a fresh sparse file, which then takes the
+    /// place of the image: what lies between them becomes a hole. No data cross the link. The image
+    /// must not be open for writing, and the lease must be held.
+    ///
+    /// [`Kind::Unsupported`] where the server cannot; then, as after any other error, the image is
+    /// what it was.
+    fn copy_lean(&self, plan: &lean_copy::Plan<'_>) -> Result<()> {
+        let _ = plan;
+        Err(Error::new(Kind::Unsupported, "the image is a local file"))
     }
 
     /// `None` when the server does not tell.

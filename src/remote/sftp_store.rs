@@ -9,8 +9,8 @@ use super::files::{Files, OpenHandle, directory_of};
 use super::lanes::{self, Errand, Lanes, Session};
 use super::redial::{Redial, open_flags};
 use super::{
-    Access, Link, Measured, SIDE_MAX, Space, Store, Traffic, check_side, lease, passing_suffix,
-    verdict,
+    Access, Link, Measured, SIDE_MAX, Space, Store, Traffic, check_side, lean_copy, lease,
+    passing_suffix, verdict,
 };
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
@@ -306,6 +306,11 @@ impl Store for SftpStore {
         self.lanes
             .run(Errand::Control, remove)
             .attempt(|| format!("remove {}", self.side_name(suffix)))
+    }
+
+    fn copy_lean(&self, plan: &lean_copy::Plan<'_>) -> Result<()> {
+        self.once_on(|on| lean_copy::by_copy_data(on.files, on.path, plan))
+            .attempt(|| format!("have the server copy {}", self.name))
     }
 
     fn space(&self) -> Result<Option<Space>> {

@@ -74,6 +74,12 @@ impl Terminal {
         }
     }
 
+    /// Prints something while the bar is out of the way.
+    pub fn suspend(&self, print: impl FnOnce()) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.bar.suspend(print);
+    }
+
     /// Takes the bar away; what follows is the result.
     pub fn finish(&self) {
         self.state

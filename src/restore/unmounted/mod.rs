@@ -46,7 +46,7 @@ impl From<Fault> for Error {
         match &fault {
             Fault::Unsupported(_) => Error::new(Kind::Unsupported, fault.to_string())
                 .hint("the kernel may know it: mount the image with `e2ebak mount --read-only`"),
-            Fault::NotExt4 | Fault::Damaged(_) => Error::new(Kind::Corrupt, fault.to_string()),
+            _ => Error::new(Kind::Corrupt, fault.to_string()),
         }
     }
 }
