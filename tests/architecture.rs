@@ -39,6 +39,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("restore", &["error", "units", "progress", "device", "ext4"]),
+    ("browse", &["error", "restore"]),
     (
         "snapshot",
         &["error", "units", "progress", "host", "restore", "retention"],
@@ -68,6 +69,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "remote",
             "image",
             "restore",
+            "browse",
             "retention",
             "snapshot",
             "session",

@@ -3,11 +3,18 @@
 
 mod args;
 mod backup;
+mod cat;
+mod diff;
+mod dump;
+mod entry;
+mod find;
 mod grow;
 mod info;
 mod init;
 mod keep;
 mod key;
+mod look;
+mod ls;
 mod mount;
 mod mounted;
 mod pin;
@@ -20,6 +27,7 @@ mod unlock;
 mod unmounted;
 mod unpin;
 mod usage;
+mod versions;
 
 use std::process::ExitCode;
 
@@ -52,7 +60,13 @@ enum Verb {
     Init(init::Args),
     Backup(backup::Args),
     Snapshots(snapshots::Args),
+    Ls(ls::Args),
+    Cat(cat::Args),
+    Find(find::Args),
+    Diff(diff::Args),
+    Versions(versions::Args),
     Restore(restore::Args),
+    Dump(dump::Args),
     Prune(prune::Args),
     Pin(pin::Args),
     Unpin(unpin::Args),
@@ -105,7 +119,13 @@ fn run(verb: Verb) -> Result<Ending> {
         Verb::Init(args) => init::run(args),
         Verb::Backup(args) => backup::run(args),
         Verb::Snapshots(args) => snapshots::run(args),
+        Verb::Ls(args) => ls::run(args),
+        Verb::Cat(args) => cat::run(args),
+        Verb::Find(args) => find::run(args),
+        Verb::Diff(args) => diff::run(args),
+        Verb::Versions(args) => versions::run(args),
         Verb::Restore(args) => restore::run(args),
+        Verb::Dump(args) => dump::run(args),
         Verb::Prune(args) => prune::run(args),
         Verb::Pin(args) => pin::run(args),
         Verb::Unpin(args) => unpin::run(args),

@@ -38,7 +38,12 @@ pub fn run(args: Args) -> Result<Ending> {
         Catalogue::load(&mut files)
     };
     let catalogue = list().attempt(|| format!("cannot list the snapshots in {location}"))?;
-    if args.json {
+    Ok(show(&catalogue, args.json))
+}
+
+/// Prints them, and tells of those that do not count.
+pub fn show(catalogue: &Catalogue, as_json: bool) -> Ending {
+    if as_json {
         let all: Vec<Value> = catalogue
             .complete
             .iter()
@@ -50,16 +55,15 @@ pub fn run(args: Args) -> Result<Ending> {
             .collect();
         say!("{:#}", Value::from(all));
     } else {
-        print(&catalogue);
+        print(catalogue);
     }
     for (id, why) in &catalogue.damaged {
         tell!("warning: {id} does not count as a snapshot: {why}");
     }
-    Ok(if catalogue.damaged.is_empty() {
-        Ending::Clean
-    } else {
-        Ending::Warnings
-    })
+    match catalogue.damaged.is_empty() {
+        true => Ending::Clean,
+        false => Ending::Warnings,
+    }
 }
 
 fn print(catalogue: &Catalogue) {

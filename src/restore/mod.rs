@@ -41,7 +41,9 @@ pub use mounted::{Footprint, MountedTree};
 pub use outcome::{Failure, LISTED_MAX, Listed, Outcome};
 pub use source::{Attribute, Content, Entry, FileKind, HERE, Metadata, Piece, Source, Time};
 pub use target::TEMPORARY_PREFIX;
-pub use unmounted::{FileContent, Filesystem, Node, ROOT, Tree, Trouble, UnmountedTree, metadata};
+pub use unmounted::{
+    Ahead, FileContent, Filesystem, Node, ROOT, Tree, Trouble, UnmountedTree, Wanted, metadata,
+};
 
 /// What happens to a file that has the name of one that is restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Filesystem, metadata};
+use super::{Ahead, Filesystem, metadata};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4::Inode;
 use crate::restore::descent::show;
@@ -16,6 +16,7 @@ pub struct UnmountedTree {
     way: Vec<Level>,
     /// What was asked about last, and likely is next.
     last: Option<Inode>,
+    ahead: Option<Ahead>,
 }
 
 struct Level {
@@ -42,6 +43,15 @@ impl UnmountedTree {
             root,
             way: vec![Level::at(root)],
             last: None,
+            ahead: None,
+        }
+    }
+
+    /// Data are read ahead by it from now on.
+    pub fn with_ahead(self, ahead: Ahead) -> UnmountedTree {
+        UnmountedTree {
+            ahead: Some(ahead),
+            ..self
         }
     }
 
@@ -152,6 +162,9 @@ impl Source for UnmountedTree {
         if metadata(&inode)?.kind != FileKind::Regular {
             let what = format!("{} is no regular file", show(name));
             return Err(Error::new(Kind::Corrupt, what));
+        }
+        if let Some(ahead) = &self.ahead {
+            ahead.reached(inode.number);
         }
         Ok(Box::new(self.filesystem.content(&inode)?))
     }

@@ -8,6 +8,7 @@
 //! Over a link every read costs a round trip, so whoever knows what comes next says so: [`fetch`]
 //! brings it into the cache below in large runs, many at a time.
 
+mod ahead;
 mod attributes;
 mod content;
 mod cursor;
@@ -19,11 +20,12 @@ mod tree;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::source::{FileKind, Metadata, Time};
+use super::source::{Entry, FileKind, Metadata, Time};
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4::{self, Fault, Group, Inode, Superblock};
 
+pub use ahead::{Ahead, Wanted};
 pub use content::FileContent;
 pub use cursor::UnmountedTree;
 pub use tree::{Node, Tree, Trouble};
@@ -33,6 +35,9 @@ pub const ROOT: u32 = 2;
 
 /// Larger files are not read whole: completion records are a few KiB.
 const SMALL_MAX: u64 = 8 << 20;
+
+/// A completion record with all the errors that one keeps is smaller.
+const RECORD_MAX: u64 = 64 << 10;
 
 /// An ext4 on a device that nobody changes meanwhile.
 pub struct Filesystem {
@@ -146,10 +151,27 @@ impl Filesystem {
             self.list(&self.inode(inode)?)
         };
         match list() {
-            Ok(entries) => Ok(entries.into_iter().map(|entry| entry.name).collect()),
+            Ok(entries) => {
+                self.fetch_small(&entries);
+                Ok(entries.into_iter().map(|entry| entry.name).collect())
+            }
             Err(error) if error.kind() == Kind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error).attempt(|| format!("list {path} in the image")),
         }
+    }
+
+    /// Who lists the records reads them next.
+    fn fetch_small(&self, entries: &[Entry]) {
+        let files = entries
+            .iter()
+            .filter(|entry| entry.kind != Some(FileKind::Directory));
+        let numbers: Vec<u32> = files
+            .filter_map(|entry| u32::try_from(entry.inode).ok())
+            .collect();
+        self.fetch_inodes(&numbers);
+        let inodes = numbers.iter().filter_map(|number| self.inode(*number).ok());
+        let small: Vec<Inode> = inodes.filter(|inode| inode.size <= RECORD_MAX).collect();
+        self.fetch_content(small.iter());
     }
 
     /// A small file, whole.

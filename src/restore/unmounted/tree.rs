@@ -34,6 +34,13 @@ pub struct Tree {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node(u32);
 
+impl Node {
+    /// Below [`Tree::len`], another one for each name.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
 struct Stored {
     name: (u64, u8),
     parent: u32,
@@ -194,6 +201,10 @@ impl Tree {
     pub fn name(&self, node: Node) -> &[u8] {
         let (at, length) = self.nodes[node.0 as usize].name;
         &self.names[at as usize..][..length.into()]
+    }
+
+    pub fn parent(&self, node: Node) -> Option<Node> {
+        (node.0 != 0).then(|| Node(self.nodes[node.0 as usize].parent))
     }
 
     /// In the order of their names.
