@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::cli::args::ImageArgs;
 use crate::cli::key::KeyArgs;
 use crate::cli::{Ending, unmounted};
-use crate::error::{Attempt, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::restore::{Filesystem, Metadata, ROOT, Tree, Trouble};
 use crate::session;
 use crate::snapshot::{Catalogue, DIRECTORY, Id};

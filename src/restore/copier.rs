@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Options;
 use super::apply::{Object, Shortfall, apply};
 use super::descent::{Identity, check_name, show};
 use super::ends::{Start, landing};
@@ -21,6 +20,7 @@ use super::hard_links::{HardLinks, Place};
 use super::outcome::{Failure, Outcome};
 use super::source::{Attribute, Entry, FileKind, HERE, Metadata, Piece, Source};
 use super::target::{Placed, Target};
+use super::{Options, Overwrite};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::progress::{Event, Monitor, Progress};
 
@@ -129,6 +129,13 @@ impl Copier<'_> {
     fn entry(&mut self, entry: &Entry, place: Place) -> Result<(), Trouble> {
         let name = &*entry.name;
         check_name(name)?;
+        if let Some(wants) = self.options.wants {
+            let above = self.levels.iter().skip(1).map(|level| &*level.name);
+            let names: Vec<&[u8]> = above.chain([name]).collect();
+            if !wants(&names.join(&b"/"[..])) {
+                return Ok(());
+            }
+        }
         let metadata = self.source.metadata(name)?;
         match metadata.kind {
             FileKind::Directory => self.directory(name, Some(name), metadata, place),
@@ -226,6 +233,13 @@ impl Copier<'_> {
             self.skip(name);
             return Ok(());
         }
+        if self.options.overwrite == Overwrite::IfChanged && self.is_same(lookup, name, metadata)? {
+            self.outcome.unchanged += 1;
+            if metadata.links > 1 && self.links.first(metadata.inode).is_none() {
+                self.links.add_file(metadata.inode, place, name);
+            }
+            return Ok(());
+        }
         let mut placed = None;
         if metadata.links > 1
             && let Some((names, first)) = self.links.first(metadata.inode)
@@ -260,6 +274,14 @@ impl Copier<'_> {
         Ok(())
     }
 
+    fn is_same(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<bool> {
+        let target = match metadata.kind {
+            FileKind::Symlink => Some(self.source.read_link(lookup)?),
+            _ => None,
+        };
+        self.target.is_same(name, metadata, target.as_deref())
+    }
+
     fn regular(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<Placed> {
         let attributes = self.source.attributes(lookup)?;
         let mut content = self.source.open(lookup)?;
@@ -283,7 +305,7 @@ impl Copier<'_> {
                 .ok_or_else(|| Error::new(Kind::Corrupt, attempt(at)))?;
             if self.reported.elapsed() >= PROGRESS_EVERY {
                 self.reported = Instant::now();
-                tell_progress(self.monitor, &self.outcome);
+                tell_progress(self.monitor, self.options, &self.outcome);
             }
         }
         if at != metadata.size {
@@ -374,7 +396,7 @@ impl Copier<'_> {
 
     fn progress(&mut self) {
         self.reported = Instant::now();
-        tell_progress(self.monitor, &self.outcome);
+        tell_progress(self.monitor, self.options, &self.outcome);
     }
 
     /// One sentence for each kind of thing that could not be kept.
@@ -453,10 +475,12 @@ fn check_stop(options: Options<'_>) -> Result<()> {
     Ok(())
 }
 
-fn tell_progress(monitor: &dyn Monitor, outcome: &Outcome) {
+fn tell_progress(monitor: &dyn Monitor, options: Options<'_>, outcome: &Outcome) {
     monitor.report(Event::Progress(Progress {
-        files: Some(outcome.files),
+        files: Some(outcome.files + outcome.unchanged),
+        files_total: options.totals.map(|(files, _)| files),
         bytes: Some(outcome.bytes),
+        bytes_total: options.totals.map(|(_, bytes)| bytes),
         ..Progress::default()
     }));
 }

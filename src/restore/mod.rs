@@ -29,6 +29,7 @@ mod outcome;
 mod source;
 mod target;
 mod unmounted;
+mod verify;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -44,6 +45,7 @@ pub use target::TEMPORARY_PREFIX;
 pub use unmounted::{
     Ahead, FileContent, Filesystem, Node, ROOT, Tree, Trouble, UnmountedTree, Wanted, metadata,
 };
+pub use verify::verify;
 
 /// What happens to a file that has the name of one that is restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,11 +55,22 @@ pub enum Overwrite {
     Never,
     /// The restored one takes its place, at once and whole.
     Always,
+    /// The same, unless it already is what it would become: of the same type, and of the same size
+    /// and time, or with the same target, or the same device.
+    IfChanged,
 }
 
-#[derive(Clone, Copy, Debug)]
+/// Whether a path below what is restored, without a slash at its beginning, is wanted. A directory
+/// that is not takes all that is in it with it.
+pub type Wants<'run> = &'run (dyn Fn(&[u8]) -> bool + 'run);
+
+#[derive(Clone, Copy)]
 pub struct Options<'run> {
     pub overwrite: Overwrite,
+    /// Nothing: everything is wanted.
+    pub wants: Option<Wants<'run>>,
+    /// How much there is, where it is known: files, and bytes of content.
+    pub totals: Option<(u64, u64)>,
     /// Looked at between files and between pieces of a file; `true` ends the run with
     /// [`Kind::Interrupted`](crate::error::Kind::Interrupted).
     pub stop: &'run AtomicBool,

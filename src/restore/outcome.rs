@@ -64,6 +64,9 @@ pub struct Outcome {
     pub directories: u64,
     /// Bytes of file content written, without holes.
     pub bytes: u64,
+    /// Files that were there before and are what they would have become
+    /// ([`Overwrite::IfChanged`](super::Overwrite::IfChanged)).
+    pub unchanged: u64,
     /// Paths below DEST that were there before and stayed.
     pub skipped_existing: Listed<PathBuf>,
     pub errors: Listed<Failure>,

@@ -96,6 +96,42 @@ impl Target {
         }
     }
 
+    /// Whether what has the name is what a file with this metadata would become. `target` is where
+    /// a symbolic link leads.
+    pub fn is_same(&self, name: &[u8], metadata: &Metadata, target: Option<&[u8]>) -> Result<bool> {
+        check_name(name)?;
+        let attempt = || format!("examine {}", show(name));
+        let here = self.way.here();
+        let stat = match rustix::fs::statat(here, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => return Ok(false),
+            Err(errno) => return Err(errno).attempt(attempt),
+        };
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let device = || {
+            let (major, minor) = metadata.device;
+            stat.st_rdev == rustix::fs::makedev(major, minor)
+        };
+        Ok(match metadata.kind {
+            FileKind::Regular => {
+                kind == FileType::RegularFile
+                    && u64::try_from(stat.st_size) == Ok(metadata.size)
+                    && stat.st_mtime == metadata.modified.seconds
+                    && u64::try_from(stat.st_mtime_nsec) == Ok(metadata.modified.nanoseconds.into())
+            }
+            FileKind::Symlink => {
+                kind == FileType::Symlink
+                    && rustix::fs::readlinkat(here, name, Vec::new())
+                        .is_ok_and(|found| Some(found.to_bytes()) == target)
+            }
+            FileKind::CharDevice => kind == FileType::CharacterDevice && device(),
+            FileKind::BlockDevice => kind == FileType::BlockDevice && device(),
+            FileKind::Fifo => kind == FileType::Fifo,
+            FileKind::Socket => kind == FileType::Socket,
+            FileKind::Directory => false,
+        })
+    }
+
     fn kind_of(&self, name: &[u8]) -> Result<Option<FileType>> {
         match rustix::fs::statat(self.way.here(), name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
@@ -148,7 +184,9 @@ impl Target {
         let here = self.way.here();
         let attempt = || format!("rename {} to {}", temporary.name, show(name));
         let result = match self.overwrite {
-            Overwrite::Always => rustix::fs::renameat(here, &temporary.name, here, name),
+            Overwrite::Always | Overwrite::IfChanged => {
+                rustix::fs::renameat(here, &temporary.name, here, name)
+            }
             Overwrite::Never => {
                 let only_new = RenameFlags::NOREPLACE;
                 match rustix::fs::renameat_with(here, &temporary.name, here, name, only_new) {
@@ -203,7 +241,7 @@ impl Target {
                     }
                 }
             }
-            Overwrite::Always => {
+            Overwrite::Always | Overwrite::IfChanged => {
                 let (temporary, ()) = self.temporary(|here, temporary| {
                     rustix::fs::linkat(&there, first, here, temporary, AtFlags::empty())
                 })?;

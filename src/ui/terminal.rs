@@ -14,6 +14,8 @@ use crate::units::{Bytes, show_duration};
 
 /// A job that is over sooner shows no bar.
 const BAR_AFTER: Duration = Duration::from_millis(250);
+/// How long until it says how long it will take.
+const ETA_AFTER: Duration = Duration::from_secs(2);
 /// How often a log gets a line.
 const LINE_EVERY: Duration = Duration::from_secs(60);
 /// How often a script gets a line.
@@ -139,6 +141,7 @@ impl Terminal {
                         "message_type": "status", "phase": state.phase,
                         "seconds_elapsed": state.began.elapsed().as_secs(),
                         "files_done": p.files, "total_files": p.files_total, "bytes_done": p.bytes,
+                        "total_bytes": p.bytes_total,
                         "bytes_owed": p.owed, "bytes_sent": p.sent,
                         "link_down_seconds": link_down(p.link),
                     })
@@ -162,6 +165,7 @@ fn merged(old: Progress, new: Progress) -> Progress {
         files: new.files.or(old.files),
         files_total: new.files_total.or(old.files_total),
         bytes: new.bytes.or(old.bytes),
+        bytes_total: new.bytes_total.or(old.bytes_total),
         owed: new.owed.or(old.owed),
         sent: new.sent.or(old.sent),
         link: new.link.or(old.link),
@@ -178,9 +182,18 @@ fn sentence(state: &State) -> String {
         _ => {}
     }
     if let Some(done) = p.bytes {
-        parts.push(format!("{} copied", Bytes(done)));
+        match p.bytes_total {
+            Some(total) => parts.push(format!("{} of {} copied", Bytes(done), Bytes(total))),
+            None => parts.push(format!("{} copied", Bytes(done))),
+        }
         let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
         parts.push(format!("{}/s", Bytes(rate as u64)));
+        // A guess over less than this would only jump about.
+        if let Some(total) = p.bytes_total.filter(|_| elapsed >= ETA_AFTER && done > 0) {
+            let left = total.saturating_sub(done) as f64 / rate;
+            let left = Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX);
+            parts.push(format!("{} left", show_duration(left)));
+        }
     }
     if let Some(sent) = p.sent.filter(|sent| *sent > 0) {
         parts.push(format!("{} sent", Bytes(sent)));
@@ -222,6 +235,12 @@ mod tests {
             ..Progress::default()
         };
         assert_eq!(sentence(&state), "copy 0.0 s, 3/9 files, 2.0 MiB sent");
+        state.progress.bytes = Some(1 << 20);
+        state.progress.bytes_total = Some(4 << 20);
+        state.began = Instant::now() - Duration::from_secs(10);
+        let text = sentence(&state);
+        assert!(text.contains("1.0 MiB of 4.0 MiB copied"), "{text}");
+        assert!(text.contains("30 s left"), "{text}");
         state.progress.owed = Some(1 << 30);
         assert!(sentence(&state).ends_with(", 1.0 GiB still to send"));
         state.progress.link = Some(LinkState::Down {

@@ -89,10 +89,14 @@ pub static GO_ON: AtomicBool = AtomicBool::new(false);
 
 pub const KEEP: Options<'static> = Options {
     overwrite: Overwrite::Never,
+    wants: None,
+    totals: None,
     stop: &GO_ON,
 };
 pub const REPLACE: Options<'static> = Options {
     overwrite: Overwrite::Always,
+    wants: None,
+    totals: None,
     stop: &GO_ON,
 };
 

@@ -212,6 +212,8 @@ fn a_run_that_is_stopped_leaves_no_half_file_and_can_go_on() {
     let mut source = Tampered::new(&root, &in_the_middle);
     let options = Options {
         overwrite: Overwrite::Never,
+        wants: None,
+        totals: None,
         stop: &stop,
     };
     let error = copy(&mut source, Path::new("tree"), &dest, options, &Silent).unwrap_err();
