@@ -1,0 +1,445 @@
+//! Snapshots read as an ordinary user who may mount nothing: listed, printed, searched, compared,
+//! packed and restored, against the trees that were backed up.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::{
+    Place, Program, Proxy, Sandbox, Shape, Sshd, assert_same_tree, differences, large_file,
+    odd_tree, plain_tree, root_or_skip, run, tool,
+};
+use serde_json::Value;
+
+const UID: u32 = 65_534;
+
+/// An ordinary user in a user namespace of nobody's: no mounts, no FUSE.
+fn as_user<'a>(program: Program<'a>) -> Program<'a> {
+    program.by_user(UID)
+}
+
+/// Two snapshots of a tree that has changed in between. Their ids, older first.
+fn two_snapshots(place: &Place, source: &Path) -> [String; 2] {
+    let write = |name: &str, content: &[u8]| fs::write(source.join(name), content).expect("write");
+    for dir in ["docs", "docs/old", "empty"] {
+        fs::create_dir_all(source.join(dir)).expect("mkdir");
+    }
+    write("docs/letter.txt", b"dear");
+    write("docs/stays.txt", b"as it is");
+    write("docs/mode", b"x");
+    write("docs/old/gone", b"soon");
+    write("large", &vec![7; 3_000_000]);
+    symlink("letter.txt", source.join("docs/link")).expect("symlink");
+    place.init("1G").ok();
+    place.backup(source).ok();
+    std::thread::sleep(Duration::from_millis(1100));
+    write("docs/letter.txt", b"dear Ann");
+    write("docs/new", b"new");
+    fs::remove_dir_all(source.join("docs/old")).expect("rm");
+    fs::remove_file(source.join("docs/link")).expect("rm");
+    fs::create_dir(source.join("docs/link")).expect("mkdir");
+    let mode = fs::Permissions::from_mode(0o600);
+    fs::set_permissions(source.join("docs/mode"), mode).expect("chmod");
+    place.backup(source).ok();
+    let ids = place.ids();
+    assert_eq!(ids.len(), 2, "{ids:?}");
+    [ids[0].clone(), ids[1].clone()]
+}
+
+fn lines(text: &str) -> Vec<&str> {
+    text.lines().collect()
+}
+
+fn objects(text: &str) -> Vec<Value> {
+    let parsed = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"));
+    parsed.collect()
+}
+
+/// The image, readable for the user.
+fn open_image(sandbox: &Sandbox, place: &Place) {
+    sandbox.open_to(UID);
+    chown(&place.stored, Some(UID), Some(UID)).expect("chown");
+}
+
+#[test]
+fn snapshots_are_looked_into_without_any_privilege() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::local(&sandbox);
+    let source = sandbox.dir("source");
+    let [first, second] = two_snapshots(&place, &source);
+    open_image(&sandbox, &place);
+    let top = source.display();
+    let user = |verb: &str| as_user(place.program(verb));
+    let before = fs::metadata(&place.stored).expect("stat");
+
+    // What is there.
+    let all = user("ls").ok().stdout;
+    assert!(all.contains(&first) && all.contains(&second), "{all}");
+    let listed = user("ls").arg(format!("latest:{top}/docs")).ok().stdout;
+    assert_eq!(
+        lines(&listed),
+        ["letter.txt", "link", "mode", "new", "stays.txt"]
+    );
+    let long = user("ls")
+        .args(["-l", &format!("{first}:{top}/docs")])
+        .ok()
+        .stdout;
+    let link = long
+        .lines()
+        .find(|line| line.contains("link"))
+        .expect("listed");
+    assert!(
+        link.starts_with("lrwxrwxrwx") && link.ends_with("link -> letter.txt"),
+        "{link}"
+    );
+    let deep = user("ls")
+        .args(["-R", &format!("{first}:{top}")])
+        .ok()
+        .stdout;
+    assert!(
+        lines(&deep).contains(&&*format!("{top}/docs/old/gone")),
+        "{deep}"
+    );
+    let json = user("ls")
+        .args(["--json", &format!("latest:{top}")])
+        .ok()
+        .stdout;
+    let large = objects(&json)
+        .into_iter()
+        .find(|o| o["path"] == format!("{top}/large"));
+    let large = large.expect("listed");
+    assert_eq!(
+        (&large["size"], &large["type"]),
+        (&3_000_000.into(), &"file".into())
+    );
+
+    // What is in it.
+    let letter = |id: &str| {
+        user("cat")
+            .arg(format!("{id}:{top}/docs/letter.txt"))
+            .ok()
+            .stdout
+    };
+    assert_eq!((&*letter(&first), &*letter(&second)), ("dear", "dear Ann"));
+    let followed = user("cat")
+        .arg(format!("{first}:{top}/docs/link"))
+        .ok()
+        .stdout;
+    assert_eq!(followed, "dear");
+    user("cat")
+        .arg(format!("latest:{top}/docs"))
+        .run()
+        .code(2)
+        .says("not a regular file");
+
+    // Where things are.
+    let found = |args: &[&str]| user("find").arg("latest").args(args).ok().stdout;
+    assert_eq!(
+        found(&["--name", "l*r.txt"]),
+        format!("{top}/docs/letter.txt\n")
+    );
+    assert_eq!(found(&["--size", "+1M"]), format!("{top}/large\n"));
+    assert_eq!(found(&["--older", "2000-01-01"]), "");
+    let directories = found(&["--type", "d", "--name", "docs", "--newer", "1d"]);
+    assert_eq!(directories, format!("{top}/docs\n"));
+
+    // What has changed.
+    let changed = user("diff")
+        .args([&first, &second])
+        .arg(&source)
+        .ok()
+        .stdout;
+    let changed = lines(&changed);
+    for line in [
+        format!("M {top}/docs/letter.txt  (4 B -> 8 B)"),
+        format!("T {top}/docs/link  (symlink -> directory)"),
+        format!("A {top}/docs/mode  (mode 0644 -> 0600)"),
+        format!("+ {top}/docs/new"),
+        format!("- {top}/docs/old/"),
+        format!("- {top}/docs/old/gone"),
+        "1 added, 2 removed, 3 changed".into(),
+    ] {
+        assert!(changed.contains(&&*line), "no `{line}` in {changed:#?}");
+    }
+    assert_eq!(changed.len(), 7, "{changed:#?}");
+    let json = user("diff").args(["--json", &first, &second]).ok().stdout;
+    let kinds: Vec<_> = objects(&json).iter().map(|o| o["change"].clone()).collect();
+    assert_eq!(kinds.len(), 6, "{json}");
+    assert!(kinds.contains(&"content".into()), "{json}");
+
+    // Every version of a path.
+    let versions = |path: &str| {
+        let path = format!("{top}/{path}");
+        user("versions").arg(path).arg("--json").ok().json()
+    };
+    let letters = versions("docs/letter.txt");
+    let sizes: Vec<_> = letters
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|v| v["size"].clone())
+        .collect();
+    assert_eq!(sizes, [4, 8]);
+    let stays = versions("docs/stays.txt");
+    assert_eq!(stays.as_array().map(Vec::len), Some(1), "{stays}");
+    assert_eq!(
+        (&stays[0]["first"], &stays[0]["last"]),
+        (&first.into(), &second.into())
+    );
+    let gone = versions("docs/old/gone");
+    assert_eq!(
+        (&gone[0]["present"], &gone[1]["present"]),
+        (&true.into(), &false.into())
+    );
+    user("versions")
+        .arg("/never")
+        .run()
+        .code(1)
+        .says("no snapshot has it");
+
+    let after = fs::metadata(&place.stored).expect("stat");
+    let times = |m: &fs::Metadata| (m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec());
+    assert_eq!(times(&before), times(&after), "the image was written to");
+    place.assert_closed();
+}
+
+#[test]
+fn what_is_not_there_is_said_and_what_is_near_is_named() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::local(&sandbox);
+    let source = sandbox.dir("source");
+    let [first, _] = two_snapshots(&place, &source);
+    let top = source.display();
+    for verb in ["ls", "cat", "find", "restore", "dump"] {
+        let with = |what: String| {
+            let program = place.program(verb).arg(what);
+            match verb {
+                "restore" => program.arg(sandbox.path("nowhere")).run(),
+                "dump" => program.arg("--tar").run(),
+                _ => program.run(),
+            }
+        };
+        with("1999:/x".into()).code(1).says("nearest");
+        with(format!("{}:/x", &first[..8]))
+            .code(2)
+            .says("give more of the id");
+        let missing = with(format!("latest:{top}/docs/leter.txt")).code(1);
+        missing
+            .says("there is no \"leter.txt\"")
+            .says("there is \"letter.txt\"");
+        with(":/x".into()).code(2);
+        assert!(!sandbox.path("nowhere").exists());
+    }
+    let (letter, there) = (
+        format!("latest:{top}/docs/letter.txt"),
+        sandbox.path("there"),
+    );
+    fs::write(&there, b"mine").expect("write");
+    place
+        .restore(&letter, &there)
+        .run()
+        .code(3)
+        .says("left as they are");
+    assert_eq!(fs::read(&there).expect("read"), b"mine");
+    place.assert_closed();
+}
+
+#[test]
+fn a_restore_takes_what_it_is_told_to_take() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::local(&sandbox);
+    let source = sandbox.dir("source");
+    two_snapshots(&place, &source);
+    let what = format!("latest:{}", source.display());
+    let names = |dir: &Path| -> Vec<String> {
+        let listed = run(tool("find")
+            .arg(dir)
+            .args(["-mindepth", "1", "-printf", "%P\\n"]));
+        let mut names: Vec<String> = listed.lines().map(String::from).collect();
+        names.sort();
+        names
+    };
+
+    let dry = sandbox.path("dry");
+    let told = place.restore(&what, &dry).arg("--dry-run").ok().stdout;
+    assert!(
+        told.contains(&format!("new        {}/docs/letter.txt", dry.display())),
+        "{told}"
+    );
+    assert!(!dry.exists());
+
+    let some = sandbox.path("some");
+    let patterns = [
+        "--include",
+        "*.txt",
+        "--include",
+        "/large",
+        "--exclude",
+        "stays*",
+    ];
+    place.restore(&what, &some).args(patterns).ok();
+    assert_eq!(names(&some), ["docs", "docs/letter.txt", "large"]);
+
+    let stripped = sandbox.dir("stripped");
+    place.restore(&what, &stripped).args(["--strip", "2"]).ok();
+    assert_eq!(
+        names(&stripped),
+        ["letter.txt", "link", "mode", "new", "stays.txt"]
+    );
+
+    // Again and again: what is there and right is not read; what differs is replaced.
+    let whole = sandbox.path("whole");
+    place.restore(&what, &whole).arg("--verify").ok();
+    assert_same_tree(&source, &whole);
+    fs::write(whole.join("docs/new"), b"other").expect("write");
+    fs::remove_file(whole.join("large")).expect("rm");
+    let inside = format!("{what}/.");
+    let told = place
+        .restore(&inside, &whole)
+        .args(["--overwrite=if-changed", "--verify"])
+        .ok();
+    assert!(told.stdout.contains("restored 2 files"), "{told}");
+    assert!(told.stdout.contains("3 files were there already"), "{told}");
+    // DEST itself was there before, and stays as it was made.
+    run(tool("touch").arg("-r").arg(&source).arg(&whole));
+    assert_same_tree(&source, &whole);
+
+    // `--verify` finds what `--overwrite=never` has left.
+    fs::write(whole.join("docs/new"), b"bad").expect("write");
+    let told = place.restore(&inside, &whole).arg("--verify").run().code(3);
+    let told = told
+        .says("docs/new")
+        .says("1 files are not what was restored");
+    drop(told);
+
+    let several = sandbox.dir("several");
+    let letter = format!("{what}/docs/letter.txt");
+    place
+        .program("restore")
+        .args([&letter, &format!("{what}/large")])
+        .arg(&several)
+        .ok();
+    assert_eq!(names(&several), ["large", "letter.txt"]);
+
+    let mounted = sandbox.path("mounted");
+    place.restore(&what, &mounted).arg("--mount").ok();
+    assert_eq!(
+        differences(&whole.join("empty"), &mounted.join("empty")),
+        Vec::<String>::new()
+    );
+    assert_same_tree(&source, &mounted);
+    place.assert_closed();
+}
+
+#[test]
+fn an_archive_unpacks_to_what_was_backed_up() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::piped(&sandbox);
+    let source = sandbox.path("source");
+    odd_tree(&source);
+    place.init("10G").ok();
+    place.backup(&source).ok();
+    let archive: PathBuf = sandbox.path("tmp/archive.tar");
+    let dump = place
+        .program("dump")
+        .arg("--tar")
+        .arg(format!("latest:{}", source.display()));
+    // Sockets are in no archive.
+    let script = format!("exec \"$@\" > {}", archive.display());
+    let ran = dump
+        .through(["/bin/sh", "-c", &script, "sh"])
+        .run()
+        .code_of(&[0, 3]);
+    let unpacked = sandbox.dir("unpacked");
+    let options = [
+        "--xattrs",
+        "--xattrs-include=*",
+        "--same-owner",
+        "--numeric-owner",
+        "-p",
+    ];
+    run(tool("tar")
+        .args(options)
+        .arg("-xf")
+        .arg(&archive)
+        .arg("-C")
+        .arg(&unpacked));
+    let differ = differences(&source, &unpacked.join("source"));
+    let expected = |line: &String| line.contains("socket");
+    let odd: Vec<_> = differ.iter().filter(|line| !expected(line)).collect();
+    assert!(odd.is_empty(), "{odd:#?}\n{ran}");
+    place.assert_closed();
+}
+
+/// A link of 50 ms: what is fetched is what is needed, in a few large reads.
+#[test]
+fn a_file_comes_from_afar_with_little_traffic() {
+    if !root_or_skip() {
+        return;
+    }
+    let files = std::env::var("E2EBAK_TEST_FILES").ok();
+    let files: usize = files.and_then(|n| n.parse().ok()).unwrap_or(3000);
+    let sandbox = Sandbox::new();
+    let sshd = Sshd::start(&sandbox);
+    let source = sandbox.dir("source");
+    plain_tree(&source, files);
+    large_file(&source.join("one"), 1 << 20, 7);
+    let near = Place::over(&sandbox, &sshd);
+    near.init("20G").ok();
+    near.backup(&source).ok();
+    let proxy = Proxy::to_port(sshd.port(), Shape::round_trip_ms(50));
+    let mut far = Place::over(&sandbox, &sshd);
+    let port = |port: u16| format!(":{port}/");
+    far.location = far
+        .location
+        .replace(&port(sshd.port()), &port(proxy.port()));
+    let alias = format!("HostKeyAlias=[127.0.0.1]:{}", sshd.port());
+    far.options.extend(["--ssh-option".into(), alias]);
+    let what = format!("latest:{}", source.display());
+    let traffic = |name: &str, run: &dyn Fn()| -> u64 {
+        let (began, before) = (std::time::Instant::now(), proxy.sent_by_server());
+        run();
+        let bytes = proxy.sent_by_server() - before;
+        println!("{name}: {:?}, {} KiB", began.elapsed(), bytes >> 10);
+        bytes
+    };
+    let login = traffic("info", &|| drop(far.program("info").ok()));
+    let one = sandbox.path("one");
+    let bytes = traffic("one file", &|| {
+        far.restore(&format!("{what}/one"), &one).ok();
+    });
+    assert_eq!(
+        fs::read(&one).expect("read"),
+        fs::read(source.join("one")).expect("read")
+    );
+    assert!(
+        bytes < 16 << 20,
+        "{bytes} bytes for 1 MiB; {login} for nothing"
+    );
+    traffic("ls -R", &|| {
+        let listed = far.program("ls").args(["-R", &what]).ok().stdout;
+        assert!(listed.lines().count() > files);
+    });
+    traffic("everything", &|| {
+        far.restore(&what, &sandbox.path("restored")).ok();
+    });
+    assert_same_tree(&source, &sandbox.path("restored"));
+}
