@@ -25,7 +25,7 @@ pub mod link; //     the byte stream to the server
 pub mod remote; //   a location as a device, and the small files beside it
 
 // Floor 3: engines.
-pub mod browse; //   finds, compares and packs what snapshots hold
+pub mod browse; //   finds, compares, packs and shows what snapshots hold
 pub mod image; //    builds the stack; creates and opens images
 pub mod restore; //  copies trees out of a snapshot, safely
 pub mod session; //  image, volume, FUSE, loop device, mount; undone in reverse

@@ -39,7 +39,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("restore", &["error", "units", "progress", "device", "ext4"]),
-    ("browse", &["error", "restore"]),
+    ("browse", &["error", "ext4", "export", "restore"]),
     (
         "snapshot",
         &["error", "units", "progress", "host", "restore", "retention"],

@@ -64,5 +64,5 @@ macro_rules! targets {
 
 targets! {
     luks_binary luks_json luks_keyslot sftp_request sftp_reply sftp_conversation
-    words documents cache image
+    words documents cache image ext4
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{
     Place, Program, Proxy, Sandbox, Shape, Sshd, assert_same_tree, differences, large_file,
-    odd_tree, plain_tree, root_or_skip, run, tool,
+    odd_tree, plain_tree, root_or_skip, run, tool, tool_or_skip,
 };
 use serde_json::Value;
 
@@ -396,7 +396,7 @@ fn a_file_comes_from_afar_with_little_traffic() {
         return;
     }
     let files = std::env::var("E2EBAK_TEST_FILES").ok();
-    let files: usize = files.and_then(|n| n.parse().ok()).unwrap_or(3000);
+    let files: usize = files.and_then(|n| n.parse().ok()).unwrap_or(1500);
     let sandbox = Sandbox::new();
     let sshd = Sshd::start(&sandbox);
     let source = sandbox.dir("source");
@@ -442,4 +442,83 @@ fn a_file_comes_from_afar_with_little_traffic() {
         far.restore(&what, &sandbox.path("restored")).ok();
     });
     assert_same_tree(&source, &sandbox.path("restored"));
+}
+
+/// The commands of a step of a sheet.
+fn commands(sheet: &str, step: &str) -> Vec<String> {
+    let after = sheet
+        .split(&format!("\n{step}. "))
+        .nth(1)
+        .expect("the step");
+    let lines = after.lines().skip_while(|line| !line.starts_with("    "));
+    let lines = lines.take_while(|line| line.starts_with("    "));
+    lines.map(|line| line.trim().to_string()).collect()
+}
+
+/// All but dm-crypt and the mount of what it gives, which this machine's kernel may not have.
+#[test]
+fn the_commands_of_the_recovery_sheet_reach_the_image() {
+    if !root_or_skip() || !tool_or_skip("sshfs") || !tool_or_skip("cryptsetup") {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let sshd = Sshd::start(&sandbox);
+    let place = Place::over(&sandbox, &sshd);
+    place.init("1G").ok();
+    let sheet = Program::bare(&sandbox)
+        .arg("recovery-sheet")
+        .args(&place.options);
+    let sheet = sheet.arg(&place.location).ok().stdout;
+    let page = Program::bare(&sandbox)
+        .args(["recovery-sheet", "--html"])
+        .args(&place.options);
+    let page = page.arg(&place.location).ok().stdout;
+    assert!(
+        page.starts_with("<!DOCTYPE html>") && page.contains("<svg"),
+        "{page}"
+    );
+    let uuid = place
+        .luks_dump()
+        .lines()
+        .find_map(|l| Some(l.strip_prefix("UUID:")?.trim().to_string()));
+    assert!(sheet.contains(&uuid.expect("a UUID")), "{sheet}");
+
+    // What somebody's own configuration of ssh says: the key, and the server's.
+    let home = sandbox.dir("home/.ssh");
+    fs::write(home.join("config"), sshd.ssh_config()).expect("write");
+    let key = sandbox.file("passphrase", common::PASSPHRASE);
+    let store = sandbox.path("sheet-store");
+    let ssh = tool("ssh").get_program().to_owned();
+    let with = format!("{} -F {}", ssh.display(), home.join("config").display());
+    let local = |command: &String| {
+        let command = command.replace("/tmp/e2ebak-store", &store.display().to_string());
+        match command.split_once(' ') {
+            Some(("ssh", rest)) => format!("{with} {rest}"),
+            Some(("sshfs", rest)) => format!("sshfs -o ssh_command='{with}' {rest}"),
+            _ => command,
+        }
+    };
+    for (step, undo) in [("1a", "fusermount3 -u"), ("1b", "rm -r")] {
+        let mut script: Vec<String> = commands(&sheet, step).iter().map(local).collect();
+        assert_eq!(script.len(), 3, "{sheet}");
+        let unlock = commands(&sheet, "2");
+        assert_eq!(unlock.len(), 1, "{sheet}");
+        script.push(format!("trap '{undo} {}' EXIT", store.display()));
+        let test = format!("open --test-passphrase --key-file {}", key.display());
+        script.push(
+            unlock[0]
+                .replace("open", &test)
+                .replace(" e2ebak-restore", ""),
+        );
+        let script = format!("set -eu\n{}", script.join("\n"));
+        run(tool("timeout").args(["60", "sh", "-c", &script]));
+        // And with another passphrase not: it is the image that was asked.
+        let wrong = script.replace(&key.display().to_string(), &store.display().to_string());
+        let wrong = tool("timeout")
+            .args(["60", "sh", "-c", &wrong])
+            .output()
+            .expect("runs");
+        assert!(!wrong.status.success(), "{script}");
+    }
+    place.assert_closed();
 }

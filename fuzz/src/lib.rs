@@ -5,6 +5,7 @@
 
 mod cache;
 mod documents;
+mod ext4;
 mod image;
 mod input;
 mod luks;
@@ -29,6 +30,7 @@ pub const TARGETS: &[(&str, Body)] = &[
     ("documents", documents::documents),
     ("cache", cache::cache),
     ("image", image::image),
+    ("ext4", ext4::ext4),
 ];
 
 /// Does with `data` what the target of this name does.

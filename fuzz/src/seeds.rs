@@ -12,7 +12,7 @@ use e2ebak::sftp::{
     Attributes, Code, Conversation, Extended, Extension, Name, OpenFlags, Reply, Request, Status,
 };
 
-use super::sample;
+use super::{ext4 as filesystems, sample};
 
 /// Writes them all, after a run of each.
 pub fn write(corpora: &Path) {
@@ -27,6 +27,7 @@ pub fn write(corpora: &Path) {
         ("documents", documents()),
         ("cache", cache()),
         ("image", image()),
+        ("ext4", ext4()),
     ] {
         let directory = corpora.join(target);
         fs::create_dir_all(&directory).expect("writable");
@@ -577,6 +578,111 @@ fn image() -> Vec<Vec<u8>> {
     }
     for cut in [1, 100, 200, 206, 255] {
         seeds.push([&[1, cut, 0][..], &steps(cut.into(), 10)].concat());
+    }
+    seeds
+}
+
+/// Filesystems by e2fsprogs: one of each kind of structure, most without checksums, so that what the
+/// fuzzers change is not thrown away at once.
+fn ext4() -> Vec<Vec<u8>> {
+    let small = "-b 1024 -N 32 -m 0 -E root_owner=0:0,lazy_itable_init=0,nodiscard";
+    let plain = "^metadata_csum,^resize_inode,^has_journal,^dir_index,^orphan_file";
+    let mut seeds = Vec::new();
+    for (options, kib) in [
+        (format!("{small} -I 256 -O {plain},extent,64bit"), 256),
+        (
+            format!("{small} -I 128 -O {plain},^extent,^64bit,^flex_bg,^huge_file"),
+            256,
+        ),
+        (
+            format!("{small} -I 256 -O {plain},extent,inline_data,ea_inode"),
+            256,
+        ),
+        (
+            format!("{small} -I 256 -O {plain},meta_bg,extent,dir_index"),
+            512,
+        ),
+        (
+            format!(
+                "{small} -I 256 -O ^resize_inode,^has_journal,^orphan_file,metadata_csum,64bit,extent"
+            ),
+            256,
+        ),
+        (
+            format!(
+                "{small} -I 256 -J size=1 -O ^resize_inode,^orphan_file,metadata_csum,64bit,extent,has_journal"
+            ),
+            2048,
+        ),
+        (
+            format!(
+                "{small} -I 256 -J size=1 -O ^resize_inode,^orphan_file,^metadata_csum,extent,has_journal"
+            ),
+            2048,
+        ),
+    ] {
+        let dirty = if options.contains(",has_journal") {
+            1
+        } else {
+            0
+        };
+        let script = format!(
+            r#"PATH=/usr/sbin:/usr/bin:/sbin:/bin; cd "$1"; truncate -s {kib}K fs; mkfs.ext4 -q -F {options} fs
+            echo content > small; head -c 30000 /dev/zero | tr '\0' x > large
+            truncate -s 100K sparse; printf data >> sparse
+            cat > script <<END
+write small a
+write large large
+write sparse sparse
+symlink link a
+symlink long {long}
+mkdir b
+cd b
+write small c
+ln /a d
+mknod null c 1 3
+mknod fifo p
+cd /
+mkdir snapshots
+ea_set a user.x value
+ea_set b user.long {value}
+END
+            debugfs -w -f script fs >/dev/null 2>&1
+            if test {dirty} = 1; then
+                debugfs -R 'stat b' fs 2>/dev/null | sed -n 's/.*(0):\([0-9]*\).*/\1/p' | head -1 > block
+                dd if=fs of=copy bs=1024 skip=$(cat block) count=1 2>/dev/null
+                printf 'jo\njw -b %s copy\njw -r 20\njc\n' $(cat block) > journal
+                debugfs -w -f journal fs >/dev/null 2>&1
+            fi"#,
+            long = "l".repeat(80),
+            value = "v".repeat(150),
+        );
+        let directory = std::env::temp_dir().join(format!("e2ebak-seeds-{}", std::process::id()));
+        fs::create_dir_all(&directory).expect("writable");
+        let done = Command::new("sh")
+            .args(["-euc", &script, "sh"])
+            .arg(&directory)
+            .status();
+        assert!(done.expect("runs").success(), "{script}");
+        let image = fs::read(directory.join("fs")).expect("readable");
+        fs::remove_dir_all(&directory).expect("removable");
+        seeds.push(filesystems::packed(&image));
+    }
+    // Names, lengths and numbers that lie.
+    let first = seeds[0].clone();
+    for (at, bytes) in [
+        (1024 + 0x18, &[9u8, 0, 0, 0][..]),
+        (1024 + 0x20, &[0, 0, 0, 0]),
+        (1024 + 0x28, &[255, 255, 255, 255]),
+        (1024 + 0x58, &[3, 0]),
+        (1024 + 0x60, &[0xFF, 0xFF, 0xFF, 0xFF]),
+        (1024 + 0x04, &[255, 255, 255, 255]),
+    ] {
+        let mut seed = first.clone();
+        seed.extend(u32::to_be_bytes(at));
+        seed.push(bytes.len() as u8);
+        seed.extend(bytes);
+        seeds.push(seed);
     }
     seeds
 }

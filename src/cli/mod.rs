@@ -3,6 +3,7 @@
 
 mod args;
 mod backup;
+mod browse;
 mod cat;
 mod diff;
 mod dump;
@@ -19,7 +20,9 @@ mod mount;
 mod mounted;
 mod pin;
 mod prune;
+mod recovery_sheet;
 mod restore;
+mod sheet;
 mod snapshots;
 mod trim;
 mod umount;
@@ -67,6 +70,7 @@ enum Verb {
     Versions(versions::Args),
     Restore(restore::Args),
     Dump(dump::Args),
+    Browse(browse::Args),
     Prune(prune::Args),
     Pin(pin::Args),
     Unpin(unpin::Args),
@@ -76,6 +80,7 @@ enum Verb {
     Mount(mount::Args),
     Umount(umount::Args),
     Info(info::Args),
+    RecoverySheet(recovery_sheet::Args),
     Unlock(unlock::Args),
     #[command(name = session::VERB, hide = true)]
     SessionProcess,
@@ -126,6 +131,7 @@ fn run(verb: Verb) -> Result<Ending> {
         Verb::Versions(args) => versions::run(args),
         Verb::Restore(args) => restore::run(args),
         Verb::Dump(args) => dump::run(args),
+        Verb::Browse(args) => browse::run(args),
         Verb::Prune(args) => prune::run(args),
         Verb::Pin(args) => pin::run(args),
         Verb::Unpin(args) => unpin::run(args),
@@ -135,6 +141,7 @@ fn run(verb: Verb) -> Result<Ending> {
         Verb::Mount(args) => mount::run(args),
         Verb::Umount(args) => umount::run(args),
         Verb::Info(args) => info::run(args),
+        Verb::RecoverySheet(args) => recovery_sheet::run(args),
         Verb::Unlock(args) => unlock::run(args),
         Verb::SessionProcess => Err(Error::new(Kind::Usage, "this verb is not for people")),
     }

@@ -33,7 +33,7 @@ use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host::keeper::Keeper;
 use crate::host::{View, in_private};
-use attach::Attached;
+pub use attach::Attached;
 use filesystem::VolumeFile;
 use handlers::Handlers;
 use opens::Opens;

@@ -87,6 +87,11 @@ impl Filesystem {
         uuid::Uuid::from_bytes(self.superblock.uuid).to_string()
     }
 
+    /// Bytes of the filesystem.
+    pub fn size(&self) -> u64 {
+        self.superblock.size()
+    }
+
     /// Bytes at an offset of the volume, as they are after the replay.
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         read_device(&*self.device, buf, offset)?;

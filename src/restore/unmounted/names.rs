@@ -66,7 +66,8 @@ impl Filesystem {
             return Ok(());
         }
         let size = self.superblock.block_size;
-        if directory.size > DIRECTORY_MAX {
+        // No block can be in it twice, and no hole.
+        if directory.size > DIRECTORY_MAX.min(self.device.size()) {
             return Err(wrong("is larger than any that is made"));
         }
         if !directory.size.is_multiple_of(size) {
