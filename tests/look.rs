@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{
     Place, Program, Proxy, Sandbox, Shape, Sshd, assert_same_tree, differences, large_file,
-    odd_tree, plain_tree, root_or_skip, run, tool, tool_or_skip,
+    odd_tree, plain_tree, private_shell, root_or_skip, run, tool, tool_or_skip, wait_for,
 };
 use serde_json::Value;
 
@@ -430,6 +430,10 @@ fn a_file_comes_from_afar_with_little_traffic() {
         fs::read(&one).expect("read"),
         fs::read(source.join("one")).expect("read")
     );
+    let printed = traffic("one file printed", &|| {
+        far.program("cat").arg(format!("{what}/one")).ok();
+    });
+    assert!(printed < 16 << 20, "{printed} bytes for 1 MiB");
     assert!(
         bytes < 16 << 20,
         "{bytes} bytes for 1 MiB; {login} for nothing"
@@ -520,5 +524,63 @@ fn the_commands_of_the_recovery_sheet_reach_the_image() {
             .expect("runs");
         assert!(!wrong.status.success(), "{script}");
     }
+    place.assert_closed();
+}
+
+#[test]
+fn snapshots_are_shown_in_a_directory_until_it_is_unmounted() {
+    if !root_or_skip() || !tool_or_skip("fusermount3") {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::local(&sandbox);
+    let source = sandbox.path("source");
+    odd_tree(&source);
+    place.init("10G").ok();
+    place.backup(&source).ok();
+    let ids = place.ids();
+    let dir = sandbox.dir("shown");
+    let running = place.program("browse").arg(&dir).spawn();
+    wait_for("the mount", Duration::from_secs(30), || {
+        sandbox.mounts().contains(&dir)
+    });
+    let latest = fs::read_link(dir.join("latest")).expect("a link");
+    assert_eq!(latest, PathBuf::from(&ids[0]));
+    let inside = source.strip_prefix("/").expect("absolute");
+    assert_same_tree(&source, &dir.join("latest").join(inside));
+    fs::write(dir.join("latest/new"), b"").expect_err("read-only");
+    run(tool("umount").arg(&dir));
+    running.wait().code(0);
+    let full = place.program("browse").arg(sandbox.path("store"));
+    full.run().code(1).says("not empty");
+
+    // An ordinary user, where FUSE is for everybody, as it is on other machines.
+    open_image(&sandbox, &place);
+    chown(&dir, Some(UID), Some(UID)).expect("chown");
+    let script = format!(
+        "mknod -m 666 \"$1/fuse\" c 10 229; mount --bind \"$1/fuse\" /dev/fuse
+         as_user() {{ setpriv --reuid={UID} --regid={UID} --clear-groups \"$@\"; }}
+         as_user \"$1/e2ebak\" browse -q \"$2\" \"$3\" >&2 &
+         for i in $(seq 300); do as_user mountpoint -q \"$3\" && break; sleep 0.1; done
+         as_user ls \"$3\"; as_user fusermount3 -u \"$3\"; wait $!"
+    );
+    let mut command = private_shell(&script);
+    command
+        .arg("sh")
+        .args([sandbox.root(), &place.stored, &dir]);
+    command.env("E2EBAK_PASSPHRASE", common::PASSPHRASE);
+    command.env("XDG_RUNTIME_DIR", sandbox.path("run"));
+    let listed = run(&mut command);
+    assert_eq!(lines(&listed), [&*ids[0], "latest"]);
+
+    // Ctrl-C ends it too, with somebody still in it.
+    let running = place.program("browse").arg(&dir).spawn();
+    wait_for("the mount", Duration::from_secs(30), || {
+        sandbox.mounts().contains(&dir)
+    });
+    let held = fs::File::open(dir.join("latest/")).expect("opens");
+    running.signal(rustix::process::Signal::INT);
+    running.wait().code(0);
+    drop(held);
     place.assert_closed();
 }

@@ -612,13 +612,13 @@ fn ext4() -> Vec<Vec<u8>> {
             format!(
                 "{small} -I 256 -J size=1 -O ^resize_inode,^orphan_file,metadata_csum,64bit,extent,has_journal"
             ),
-            2048,
+            4096,
         ),
         (
             format!(
                 "{small} -I 256 -J size=1 -O ^resize_inode,^orphan_file,^metadata_csum,extent,has_journal"
             ),
-            2048,
+            4096,
         ),
     ] {
         let dirty = if options.contains(",has_journal") {
