@@ -363,7 +363,7 @@ fn a_break_at_any_request_of_a_backup_loses_nothing() {
         relayed.check(ran, moment);
     }
     // One break after the other.
-    let every = (relayed.requests / 8).max(25);
+    let every = (relayed.requests / 8).max(60);
     let often = move |number| match number > BEGINNING && number % every == 0 {
         true => Act::CutAfter,
         false => Act::Pass,
