@@ -176,6 +176,12 @@ impl Session {
         *self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The same, for another thread.
+    pub fn status_later(&self) -> impl Fn() -> Status + Send + Sync + use<> {
+        let status = self.status.clone();
+        move || *status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sets `stop` when the server has no room left but what an orderly end needs; also if that was
     /// so before.
     pub fn stop_when_full(&self, stop: Arc<AtomicBool>) {
