@@ -362,14 +362,17 @@ fn a_break_at_any_request_of_a_backup_loses_nothing() {
         let ran = relayed.run(move |number| if number == moment { act } else { Act::Pass });
         relayed.check(ran, moment);
     }
-    // One break after the other.
-    let every = (relayed.requests / 8).max(60);
-    let often = move |number| match number > BEGINNING && number % every == 0 {
-        true => Act::CutAfter,
+    // One break after the other. What is kept must go through between two of them.
+    let mut left = 5;
+    let often = move |number| match left > 0 && number > BEGINNING && number % 16 == 0 {
+        true => {
+            left -= 1;
+            Act::CutAfter
+        }
         false => Act::Pass,
     };
     let ran = relayed.run(often);
-    assert!(relayed.relay.breaks() >= 4, "{ran}");
+    assert!(relayed.relay.breaks() == 5, "{ran}");
     relayed.check(ran, u64::MAX);
 }
 
