@@ -628,7 +628,7 @@ fn ext4() -> Vec<Vec<u8>> {
         };
         let script = format!(
             r#"PATH=/usr/sbin:/usr/bin:/sbin:/bin; cd "$1"; truncate -s {kib}K fs; mkfs.ext4 -q -F {options} fs
-            echo content > small; head -c 30000 /dev/zero | tr '\0' x > large
+            echo content > small; head -c 4000 /dev/zero | tr '\0' x > large
             truncate -s 100K sparse; printf data >> sparse
             cat > script <<END
 write small a

@@ -50,6 +50,23 @@ const RUN_MAX: u64 = 1 << 20;
 
 /// Reads the map. `E` is how reading fails.
 pub fn map<E>(read: Read<'_, E>, volume_size: u64) -> Result<Result<Map, Fault>, E> {
+    let (fs, groups) = match descriptors(read, volume_size)? {
+        Ok(both) => both,
+        Err(fault) => return Ok(Err(fault)),
+    };
+    let mut taken: Vec<Range<u64>> = Vec::new();
+    if let Err(fault) = read_bitmaps(&fs, &groups, read, &mut taken)? {
+        return Ok(Err(fault));
+    }
+    let journal = read_journal(&fs, &groups, read)?;
+    Ok(Ok(assemble(&fs, &groups, taken, journal)))
+}
+
+/// The superblock and all group descriptors, of a filesystem of which all is known.
+fn descriptors<E>(
+    read: Read<'_, E>,
+    volume_size: u64,
+) -> Result<Result<(Superblock, Vec<Group>), Fault>, E> {
     let mut sb = [0; Superblock::SIZE];
     if volume_size < 4096 {
         return Ok(Err(Fault::NotExt4));
@@ -64,16 +81,7 @@ pub fn map<E>(read: Read<'_, E>, volume_size: u64) -> Result<Result<Map, Fault>,
     for (i, part) in table.chunks_mut(RUN_MAX as usize).enumerate() {
         read(at + i as u64 * RUN_MAX, part)?;
     }
-    let groups = match parse_groups(&fs, &table) {
-        Ok(groups) => groups,
-        Err(fault) => return Ok(Err(fault)),
-    };
-    let mut taken: Vec<Range<u64>> = Vec::new();
-    if let Err(fault) = read_bitmaps(&fs, &groups, read, &mut taken)? {
-        return Ok(Err(fault));
-    }
-    let journal = read_journal(&fs, &groups, read)?;
-    Ok(Ok(assemble(&fs, &groups, taken, journal)))
+    Ok(parse_groups(&fs, &table).map(|groups| (fs, groups)))
 }
 
 /// Bytes of the filesystem that begins with these 2048 bytes, closed or not; `None`: it is no ext4,

@@ -117,7 +117,7 @@ impl Target {
                 kind == FileType::RegularFile
                     && u64::try_from(stat.st_size) == Ok(metadata.size)
                     && stat.st_mtime == metadata.modified.seconds
-                    && u64::try_from(stat.st_mtime_nsec) == Ok(metadata.modified.nanoseconds.into())
+                    && stat.st_mtime_nsec as i64 == i64::from(metadata.modified.nanoseconds)
             }
             FileKind::Symlink => {
                 kind == FileType::Symlink

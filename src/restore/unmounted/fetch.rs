@@ -116,6 +116,7 @@ fn runs(mut ranges: Vec<Range<u64>>, end: u64) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // sets of ranges, one with one
 mod tests {
     use super::*;
 

@@ -93,7 +93,8 @@ impl<'a> Journal<'a> {
         let start = u64::from(self.log.start.unwrap_or(0));
         if let Ok(place) = self.place(start as u32) {
             let at = place * self.filesystem.superblock.block_size;
-            self.filesystem.fetch(vec![at..at + LIKELY]);
+            let likely = std::iter::once(at..at + LIKELY);
+            self.filesystem.fetch(likely.collect());
         }
     }
 
