@@ -287,6 +287,51 @@ fn a_journal_that_was_not_replayed_counts() {
     assert_eq!(differences(&mounted.0.join("tree"), &dest.join("tree")), "");
 }
 
+/// Blocks of directories that are gone now hold the content of a file, which is not in the journal:
+/// what the journal has of these blocks must not come back.
+#[test]
+fn what_the_journal_revokes_does_not_come_back() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = scratch.0.join("image");
+    shell(&format!(
+        "truncate -s 24M {0}; mkfs.ext4 -q -F -b 4096 -m 0 -J size=4 -O ^orphan_file,^fast_commit {0}",
+        image.display()
+    ));
+    let mounted = Mounted::new(&image, scratch.0.join("mount"), "rw,data=ordered");
+    let tree = mounted.0.join("tree");
+    let sync = || shell(&format!("timeout 60 sync -f {}", mounted.0.display()));
+    for i in 0..100 {
+        fs::create_dir_all(tree.join(format!("gone{i}"))).expect("mkdir");
+    }
+    sync();
+    for i in 0..100 {
+        fs::remove_dir(tree.join(format!("gone{i}"))).expect("rmdir");
+    }
+    sync();
+    // All that is free, and so those blocks too.
+    let full = File::create(tree.join("full")).expect("create");
+    let piece = vec![0x5A; 4096];
+    let mut at = 0;
+    while full.write_all_at(&piece, at).is_ok() {
+        at += 4096;
+    }
+    drop(full);
+    sync();
+    let crashed = scratch.0.join("crashed");
+    copy_image(&image, &crashed);
+    drop(mounted);
+    let filesystem = open(&crashed);
+    let inode = filesystem.resolve(ROOT, b"tree/full").expect("is there");
+    let inode = filesystem.inode(inode).expect("sound");
+    let content = filesystem.read_whole(&inode, 24 << 20).expect("reads");
+    assert!(content.len() > 8 << 20, "{} bytes", content.len());
+    let other = content.iter().position(|byte| *byte != 0x5A);
+    assert_eq!(other, None, "something came back");
+}
+
 #[test]
 fn what_is_damaged_is_named_and_costs_nothing_else() {
     if !equipped(TOOLS) {
