@@ -536,6 +536,15 @@ fn a_removal_that_broke_cannot_hit_what_comes_after() {
     assert!(begun.elapsed() >= LATE && !model.has(&side));
 }
 
+/// Sets it at the end of its life.
+struct Sets<'a>(&'a AtomicBool);
+
+impl Drop for Sets<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_long_link_gets_more_sessions_and_a_server_that_bears_few_is_content() {
     for (most, wanted) in [(100, 3..=8), (2, 1..=1)] {
@@ -564,6 +573,7 @@ fn a_long_link_gets_more_sessions_and_a_server_that_bears_few_is_content() {
                     }
                 });
             }
+            let _ends = Sets(&done); // also when an assertion fails
             let mut dials = false;
             until("growth", || {
                 seen_most = seen_most.max(model.sessions());
@@ -580,7 +590,6 @@ fn a_long_link_gets_more_sessions_and_a_server_that_bears_few_is_content() {
             });
             thread::sleep(Duration::from_millis(500));
             model.script(|_| Act::Serve);
-            done.store(true, Ordering::Relaxed);
         });
         told(device.flush());
         model.apply_late();
