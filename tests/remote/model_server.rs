@@ -418,7 +418,10 @@ impl World {
                 && *other != session
                 && known.start < range.end
                 && range.start < known.end
-                && self.sessions.get(other).is_some_and(|s| s.closed.get().is_none())
+                && self
+                    .sessions
+                    .get(other)
+                    .is_some_and(|s| s.closed.get().is_none())
         };
         if let Some((other, _, known)) = self.under_way.iter().find(overlaps) {
             let text = format!(
