@@ -130,10 +130,15 @@ impl Sshd {
 
     /// Ends all sessions; the server goes on listening.
     pub fn cut_sessions(&self) {
+        self.signal_sessions(Signal::KILL);
+    }
+
+    /// The same with any signal.
+    pub fn signal_sessions(&self, signal: Signal) {
         if let Some(child) = &self.child {
             let family = with_descendants(child.id());
             for pid in family.into_iter().filter(|pid| *pid != child.id()) {
-                kill(pid, Signal::KILL);
+                kill(pid, signal);
             }
         }
     }

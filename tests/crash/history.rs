@@ -214,13 +214,18 @@ impl<'a> Walk<'a> {
         });
     }
 
-    /// The version that each block has after a crash now. `choose` takes a number of candidates,
-    /// the oldest first, and gives one of them.
-    pub fn cut(&self, mut choose: impl FnMut(usize) -> usize) -> BTreeMap<u64, Version> {
+    /// The last version that was sent. They are numbered in this order.
+    pub fn newest(&self) -> Version {
+        let loose = self.loose.values().filter_map(|versions| versions.last());
+        loose.copied().max().unwrap_or(0)
+    }
+
+    /// The version that each block has after a crash now. `choose` takes the versions since the last
+    /// flush, the oldest first, and says which to keep, counted from 1; with 0 none.
+    pub fn cut(&self, mut choose: impl FnMut(&[Version]) -> usize) -> BTreeMap<u64, Version> {
         let mut image = self.durable.clone();
         for (block, versions) in &self.loose {
-            // One more: the durable one, or nothing at all.
-            match choose(versions.len() + 1) {
+            match choose(versions) {
                 0 => {}
                 chosen => drop(image.insert(*block, versions[chosen - 1])),
             }

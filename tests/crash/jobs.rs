@@ -30,13 +30,13 @@ struct Recorder<'a> {
     trees: Vec<Tree>,
 }
 
-/// Runs every job; `swallow` as the relay has it.
-pub fn record(sandbox: &Sandbox, swallow: u32) -> Recording {
+/// Runs every job. One flush of `done` is done, as the relay has it.
+pub fn record(sandbox: &Sandbox, done: u32) -> Recording {
     let log = sandbox.path("log");
     let stored = sandbox.dir("store").join("a.img");
     let relay = std::env::current_exe().expect("this program");
     let command = format!(
-        "{} relay {} {swallow} /usr/lib/openssh/sftp-server -e",
+        "{} relay {} {done} /usr/lib/openssh/sftp-server -e",
         relay.display(),
         log.display()
     );

@@ -1,8 +1,9 @@
 //! Between the program and the real SFTP server: passes everything on, and records what becomes
-//! of the image. `crash relay LOG SWALLOW SERVER ARGUMENTS...`
+//! of the image. `crash relay LOG DONE SERVER ARGUMENTS...`
 //!
-//! With SWALLOW at n > 0 it answers every n-th flush itself and tells the server nothing: a server
-//! that lies, or a client that forgets to ask, which the rig must find out.
+//! One flush of DONE is passed on; the others it answers itself and tells the server nothing: a
+//! server that lies, or a client that forgets to ask, which the rig must find out. With 1 it is
+//! honest, with 0 no flush is done.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -25,7 +26,8 @@ enum Asked {
 
 struct Relay {
     log: Log,
-    swallow: u32,
+    /// One flush of so many is done.
+    done: u32,
     state: Mutex<State>,
     out: Mutex<io::Stdout>,
 }
@@ -39,12 +41,12 @@ struct State {
 }
 
 pub fn run(arguments: &[String]) -> i32 {
-    let [log, swallow, server, rest @ ..] = arguments else {
-        panic!("relay LOG SWALLOW SERVER ARGUMENTS...");
+    let [log, done, server, rest @ ..] = arguments else {
+        panic!("relay LOG DONE SERVER ARGUMENTS...");
     };
     let relay = Arc::new(Relay {
         log: Log::open(Path::new(log)).expect("the log"),
-        swallow: swallow.parse().expect("a number"),
+        done: done.parse().expect("a number"),
         state: Mutex::default(),
         out: Mutex::new(io::stdout()),
     });
@@ -99,7 +101,7 @@ impl Relay {
                 if state.handles.iter().any(|known| known == handle) =>
             {
                 state.syncs += 1;
-                if self.swallow > 0 && state.syncs.is_multiple_of(self.swallow) {
+                if !state.syncs.is_multiple_of(self.done) {
                     let mut answer = Vec::new();
                     let reply = Reply::Status(Status::new(Code::Ok, ""));
                     reply.encode(id, &mut answer).expect("short");
