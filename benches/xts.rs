@@ -1,53 +1,25 @@
 //! AES-256-XTS beside OpenSSL's EVP, libgcrypt, `xts-mode` and memcpy, 4096-byte sectors, in place.
 //!
-//! `cargo bench --bench xts` needs libssl-dev and libgcrypt20-dev; `-- 4k` runs one size only. All
-//! contenders take turns in every round and are charged processor time, so that a busy machine
-//! slows them alike; the ratios are medians over the rounds.
+//! `cargo bench --bench xts` needs libssl-dev and libgcrypt20-dev; `-- 4k` runs one size only.
 
-use std::hint::black_box;
-use std::time::{Duration, Instant};
+mod measure;
+
+use std::thread::scope;
+use std::time::Instant;
 
 use aes::Aes256;
 use aes::cipher::KeyInit;
 use e2ebak::xts::{Key, SectorSize, Tweak};
+use measure::{ROUNDS, Race, Work};
 use xts_mode::{Xts128, get_tweak_default};
 
 const SECTOR: usize = 4096;
 const STEP: u64 = 8;
-const ROUNDS: usize = 31;
 const CHUNK: usize = 1 << 20;
-/// A sample repeats its work until it has taken this long.
-const SAMPLE: Duration = Duration::from_millis(2);
 
 /// The C libraries, declared here so that only this file links them.
 mod c {
     use std::ffi::{c_int, c_void};
-    use std::time::Duration;
-
-    #[repr(C)]
-    struct Timespec {
-        seconds: i64,
-        nanoseconds: i64,
-    }
-
-    unsafe extern "C" {
-        fn clock_gettime(clock: c_int, time: *mut Timespec) -> c_int;
-    }
-
-    /// What the processor has spent on this thread.
-    pub fn thread_time() -> Duration {
-        const CLOCK_THREAD_CPUTIME_ID: c_int = 3;
-        let mut time = Timespec {
-            seconds: 0,
-            nanoseconds: 0,
-        };
-        // SAFETY: the structure of Linux on 64-bit machines.
-        assert_eq!(
-            unsafe { clock_gettime(CLOCK_THREAD_CPUTIME_ID, &mut time) },
-            0
-        );
-        Duration::new(time.seconds as u64, time.nanoseconds as u32)
-    }
 
     #[link(name = "crypto")]
     unsafe extern "C" {
@@ -179,12 +151,10 @@ fn ours(key: &Key, encrypt: bool, first: Tweak, data: &mut [u8]) {
     done.expect("whole sectors");
 }
 
-type Work = Box<dyn FnMut(&mut [u8])>;
-
 /// Name and work; the last of the implementations is the one that `Key::new` takes.
-fn contenders(encrypt: bool) -> Vec<(String, Work)> {
+fn contenders(encrypt: bool) -> Vec<(String, Work<'static>)> {
     let raw: [u8; 64] = std::array::from_fn(|i| (i * 73 + 5) as u8);
-    let mut all: Vec<(String, Work)> = Vec::new();
+    let mut all: Vec<(String, Work<'static>)> = Vec::new();
 
     for (name, key) in Key::implementations(&raw).expect("64 bytes") {
         all.push((
@@ -233,38 +203,8 @@ fn contenders(encrypt: bool) -> Vec<(String, Work)> {
         }),
     ));
 
-    let mut target = Vec::new();
-    all.push((
-        "memcpy".to_string(),
-        Box::new(move |data| {
-            target.resize(data.len(), 0);
-            target.copy_from_slice(black_box(data));
-            black_box(&mut target);
-        }),
-    ));
+    all.push(measure::memcpy());
     all
-}
-
-/// Bytes per second of processor time.
-fn sample(work: &mut Work, data: &mut [u8]) -> f64 {
-    let begin = c::thread_time();
-    let mut bytes = 0.0;
-    loop {
-        // Looking at the clock costs more than a sector does.
-        for _ in 0..(1_usize << 18).div_ceil(data.len()) {
-            work(black_box(data));
-            bytes += data.len() as f64;
-        }
-        let spent = c::thread_time() - begin;
-        if spent >= SAMPLE {
-            return bytes / spent.as_secs_f64();
-        }
-    }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// All must give the same bytes, or the race is worth nothing.
@@ -286,74 +226,58 @@ fn agree(contenders: &mut [(String, Work)]) {
 fn race(direction: &str, label: &str, len: usize) -> String {
     let mut contenders = contenders(direction == "encrypt");
     agree(&mut contenders);
-    let mut data = vec![1; len];
-    let mut samples = vec![Vec::new(); contenders.len()];
-    let rounds = if len > 1 << 22 { ROUNDS / 3 } else { ROUNDS };
-    for round in 0..=rounds {
-        for ((_, work), samples) in contenders.iter_mut().zip(&mut samples) {
-            let speed = sample(work, &mut data);
-            // The first round fills caches and buffers.
-            if round > 0 {
-                samples.push(speed);
-            }
-        }
-    }
-
-    let ratio = |a: usize, b: usize| {
-        median(
-            samples[a]
-                .iter()
-                .zip(&samples[b])
-                .map(|(a, b)| a / b)
-                .collect(),
-        )
-    };
-    let at = |name: &str| {
-        contenders
-            .iter()
-            .position(|(n, _)| n == name)
-            .expect("a contender")
-    };
-    let openssl = at("openssl");
+    let race = Race::run(&mut contenders, &mut vec![1; len]);
     println!("\n{direction} {label}");
-    for (i, (name, _)) in contenders.iter().enumerate() {
-        let speed = median(samples[i].clone()) / 1e9;
-        println!(
-            "  {name:<12} {speed:6.2} GB/s  {:5.2} x openssl",
-            ratio(i, openssl)
-        );
-    }
-    let ours = openssl - 1;
+    race.print("openssl");
+    let implementations = Key::implementations(&[0; 64]).expect("64 bytes");
+    let (ours, _) = implementations.last().expect("portable at least");
     format!(
         "xts {label} {direction}: {:.2} x openssl, {:.2} x libgcrypt, {:.2} x memcpy",
-        ratio(ours, openssl),
-        ratio(ours, at("libgcrypt")),
-        ratio(ours, at("memcpy"))
+        race.ratio(ours, "openssl"),
+        race.ratio(ours, "libgcrypt"),
+        race.ratio(ours, "memcpy")
     )
 }
 
-/// How much faster a long run is on all processors than on one, by the clock on the wall.
-fn threads(direction: &str, len: usize) -> String {
+/// How much more two threads do than one, by the clock on the wall. A long run is one call, which
+/// is split; short ones are two callers with a working set each.
+fn two_threads(direction: &str, len: usize) -> f64 {
     let encrypt = direction == "encrypt";
     let key = Key::new(&[7; 64]).expect("64 bytes");
-    let mut data = vec![1; len];
-    let mut time = |chunk: usize| {
+    // A thread that starts costs as much as half a MiB.
+    let calls = (64 << 20) / len;
+    let run = |data: &mut [u8], chunk: usize| {
+        for _ in 0..calls {
+            for chunk in data.chunks_mut(chunk) {
+                ours(&key, encrypt, Tweak(0), chunk);
+            }
+        }
+    };
+    let (mut left, mut right) = (vec![1; len], vec![1; len]);
+    let split = calls == 1;
+    let mut time = |threads: usize| {
         let begin = Instant::now();
-        for chunk in data.chunks_mut(chunk) {
-            ours(&key, encrypt, Tweak(0), chunk);
+        match (split, threads) {
+            (_, 1) => run(&mut left, CHUNK),
+            (true, _) => run(&mut left, len),
+            (false, _) => scope(|scope| {
+                scope.spawn(|| run(&mut right, CHUNK));
+                run(&mut left, CHUNK);
+            }),
         }
         begin.elapsed().as_secs_f64()
     };
-    time(len);
+    time(2);
     // The other processor may be taken away for a while, so the best of many rounds counts.
-    let (mut one, mut all) = (f64::MAX, f64::MAX);
-    for _ in 0..5 * ROUNDS {
-        one = one.min(time(CHUNK));
-        all = all.min(time(len));
+    let (mut one, mut two) = (f64::MAX, f64::MAX);
+    for _ in 0..3 * ROUNDS {
+        one = one.min(time(1));
+        two = two.min(time(2));
     }
-    let gain = one / all;
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("xts 64M {direction}: {gain:.2} x one thread, on {processors} processors")
+    match split {
+        true => one / two,
+        false => 2.0 * one / two,
+    }
 }
 
 fn main() {
@@ -362,14 +286,17 @@ fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let named = |label: &str| arguments.iter().any(|argument| argument == label);
     let all = !sizes.iter().any(|(label, _)| named(label));
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let mut lines = Vec::new();
     for (label, len) in sizes.into_iter().filter(|(label, _)| all || named(label)) {
-        for direction in ["encrypt", "decrypt"] {
-            lines.push(race(direction, label, len));
-            if label == "64M" {
-                lines.push(threads(direction, len));
-            }
-        }
+        let ends = ["encrypt", "decrypt"].map(|direction| {
+            let line = race(direction, label, len);
+            let gain = two_threads(direction, len);
+            println!("  two threads {gain:.2} x one, on {processors} processors");
+            line
+        });
+        lines.extend(ends);
     }
+    // The sector is what most requests are made of: it has the last word.
     println!("\n{}", lines.join("\n"));
 }

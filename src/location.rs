@@ -89,7 +89,11 @@ impl FromStr for Location {
                 None => wrong("the path must name a file"),
             };
         }
-        if text.contains("://") {
+        let in_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+        if text
+            .split_once("://")
+            .is_some_and(|(scheme, _)| scheme.chars().all(in_scheme))
+        {
             return wrong("only sftp:// and file:// are known");
         }
         // As scp: a colon before any slash means a host.
@@ -163,6 +167,10 @@ fn server(user_host: &str, port: Option<u16>) -> Result<Server, &'static str> {
             return Err("user and host must not begin with a dash or contain white space");
         }
     }
+    let user_is_odd = user.is_some_and(|user| user.contains([':', '/', '[', ']']));
+    if user_is_odd || host.contains(['/', '[', ']']) {
+        return Err("user and host must not contain brackets, slashes or a password");
+    }
     Ok(Server {
         user: user.map(String::from),
         host: host.to_string(),
@@ -182,22 +190,40 @@ impl fmt::Display for Server {
     }
 }
 
+impl Location {
+    /// Ways to write it, the plainest first. Odd names are not read back from all of them: a colon
+    /// can end a host, `~/` means the home, `://` ends a scheme.
+    fn spellings(&self) -> Vec<String> {
+        match self {
+            Location::Local(path) => {
+                let text = path.display();
+                match path.is_absolute() {
+                    true => vec![format!("{text}"), format!("file://{text}")],
+                    false => vec![format!("{text}"), format!("./{text}")],
+                }
+            }
+            Location::Sftp(server, RemotePath(path)) => {
+                let port = server.port.map_or(String::new(), |port| format!(":{port}"));
+                let mut all = Vec::new();
+                if server.port.is_none() {
+                    all.push(format!("{server}:{path}"));
+                }
+                match path.starts_with('/') {
+                    true => all.push(format!("sftp://{server}{port}{path}")),
+                    false => all.push(format!("sftp://{server}{port}/~/{path}")),
+                }
+                all
+            }
+        }
+    }
+}
+
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Location::Local(path) => match path.to_str() {
-                // Else it would be read as host:path.
-                Some(text) if !text.starts_with('/') && text.contains(':') => write!(f, "./{text}"),
-                _ => write!(f, "{}", path.display()),
-            },
-            Location::Sftp(server, path) => match server.port {
-                None => write!(f, "{server}:{}", path.0),
-                Some(port) if path.0.starts_with('/') => {
-                    write!(f, "sftp://{server}:{port}{}", path.0)
-                }
-                Some(port) => write!(f, "sftp://{server}:{port}/~/{}", path.0),
-            },
-        }
+        let spellings = self.spellings();
+        let read_back = |text: &&String| Location::from_str(text).as_ref() == Ok(self);
+        let text = spellings.iter().find(read_back).or(spellings.last());
+        f.write_str(text.map_or("", String::as_str))
     }
 }
 
@@ -238,10 +264,25 @@ mod tests {
             ("file:///srv/a.img", Location::Local("/srv/a.img".into())),
             ("./nas:a", Location::Local("./nas:a".into())),
             ("a.img", Location::Local("a.img".into())),
+            // Found by fuzzing: printed so that they were read back as something else.
+            ("a/b:c", Location::Local("a/b:c".into())),
+            ("file:///a://b", Location::Local("/a://b".into())),
+            ("./a://b", Location::Local("./a://b".into())),
+            ("nas:a://b", sftp(None, "nas", None, "a://b")),
+            ("sftp://nas//a", sftp(None, "nas", None, "//a")),
+            ("sftp://nas/~/~/a", sftp(None, "nas", None, "~/a")),
+            ("sftp://nas/~/:a", sftp(None, "nas", None, ":a")),
+            ("nas:/~/a", sftp(None, "nas", None, "/~/a")),
         ] {
             assert_eq!(text.parse(), Ok(location.clone()), "{text}");
             assert_eq!(location.to_string().parse(), Ok(location), "{text}");
         }
+    }
+
+    #[test]
+    fn a_local_path_that_looks_like_a_server_is_not_printed_as_one() {
+        let path = Location::Local("nas:a".into());
+        assert_eq!(path.to_string(), "./nas:a");
     }
 
     #[test]
@@ -257,6 +298,8 @@ mod tests {
             "sftp://nas:x/a",
             "http://nas/a",
             "-oProxyCommand=x:a",
+            "me@[[]:]:x",
+            "sftp://ann:secret@nas:22/a",
             "sftp://-oX/a",
             "@nas:a",
             "fe80::1:a/b",

@@ -23,6 +23,17 @@ pub struct Progress {
     pub owed: Option<u64>,
     /// Bytes sent over the link since the job began.
     pub sent: Option<u64>,
+    pub link: Option<LinkState>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    Up,
+    /// For so many seconds, after so many failed dials.
+    Down {
+        seconds: u64,
+        attempts: u32,
+    },
 }
 
 pub trait Monitor: Send + Sync {

@@ -23,7 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "remote",
         &[
-            "error", "units", "progress", "location", "device", "sftp", "link",
+            "error", "units", "progress", "location", "device", "luks", "sftp", "link",
         ],
     ),
     ("layer", &["error", "units", "device", "xts"]),

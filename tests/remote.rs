@@ -1,14 +1,24 @@
 //! Images in local files and behind SFTP: one suite of behaviours that every store must pass, and
 //! what is particular to a link.
 
+#[path = "remote/built_in_ssh.rs"]
+mod built_in_ssh;
 #[path = "remote/fake.rs"]
 mod fake;
 #[path = "remote/lease.rs"]
 mod lease;
+#[path = "remote/limit.rs"]
+mod limit;
 #[path = "remote/link.rs"]
 mod link;
+#[path = "remote/model_server.rs"]
+mod model_server;
+#[path = "remote/redial.rs"]
+mod redial;
 #[path = "remote/rig.rs"]
 mod rig;
+#[path = "remote/shared.rs"]
+mod shared;
 #[path = "remote/suite.rs"]
 mod suite;
 
@@ -30,7 +40,7 @@ macro_rules! everywhere {
 }
 
 everywhere! {
-    [local pipes plain sshd]
+    [local pipes plain sshd built_in]
     {
         suite {
             a_new_image_is_sparse_and_reads_as_zeros

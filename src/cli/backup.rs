@@ -11,7 +11,7 @@ use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host;
 use crate::location::Location;
-use crate::progress::{Event, Monitor, Progress};
+use crate::progress::{Event, Monitor};
 use crate::session::{self, Place, Plan, Session, Status};
 use crate::snapshot::{self, Filters, Job, Outcome};
 use crate::ui::{Style, Terminal};
@@ -64,7 +64,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
-    let link = args.image.link();
+    let link = args.image.link()?;
     let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, args.json)));
     let doing = || format!("cannot back up into {location}");
     let sources = snapshot::resolve_sources(&args.paths).attempt(doing)?;
@@ -92,6 +92,7 @@ pub fn run(args: Args) -> Result<Ending> {
     };
     let started = Session::start(&plan, &mut keys, signals, terminal.clone());
     let session = started.inspect_err(|_| terminal.finish()).attempt(doing)?;
+    session.stop_when_full(stop.clone());
     let filters = Filters {
         exclude: args.exclude.clone(),
         exclude_from: args.exclude_from.clone(),
@@ -106,8 +107,16 @@ pub fn run(args: Args) -> Result<Ending> {
         host: &host::host_name(),
         stop: &stop,
         monitor: &*terminal,
-        link: &|| figures(session.status()),
+        link: &|| session.status().progress(),
     });
+    // Why it was stopped, when it was not by a signal.
+    let taken = match session.full() {
+        Some(full) => taken.map_err(|error| match error.kind() {
+            Kind::Interrupted => full,
+            _ => error,
+        }),
+        None => taken,
+    };
     let closed = session.close();
     terminal.finish();
     let (outcome, status) = both(taken, closed).attempt(doing)?;
@@ -118,14 +127,6 @@ pub fn run(args: Args) -> Result<Ending> {
     } else {
         Ending::Clean
     })
-}
-
-fn figures(status: Status) -> Progress {
-    Progress {
-        owed: Some(status.owed),
-        sent: Some(status.sent),
-        ..Progress::default()
-    }
 }
 
 /// The image itself, when it lies on this machine, and our own mounts.

@@ -43,7 +43,7 @@ struct Inside {
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
     let look = || -> Result<_> {
-        let store = image::connect(&location, &args.image.link())?;
+        let store = image::connect(&location, &args.image.link()?)?;
         let sealed = image::inspect(&*store, Access::ReadOnly)?;
         let holder = Lease::peek(&*store)?;
         let facts = facts(&sealed, &*store, holder.map(|h| h.describe()))?;

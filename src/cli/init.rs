@@ -55,7 +55,7 @@ pub fn run(args: Args) -> Result<Ending> {
         kdf_time: args.kdf_time,
     };
     let made = creation.check().and_then(|()| {
-        let store = image::connect(&location, &args.image.link())?;
+        let store = image::connect(&location, &args.image.link()?)?;
         image::create(
             &store,
             &location.to_string(),

@@ -52,7 +52,7 @@ pub fn run(args: Args) -> Result<Ending> {
         host::mount::check_mountpoint(&args.mountpoint)?;
         let plan = Plan {
             location: args.image.location.clone(),
-            link: args.image.link(),
+            link: args.image.link()?,
             read_only: args.read_only,
             wait: args.wait,
             place: Place::Public(args.mountpoint.clone()),

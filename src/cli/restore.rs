@@ -45,7 +45,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
-    let link = args.image.link();
+    let link = args.image.link()?;
     let (name, path) = split(&args.what)?;
     let terminal = Arc::new(Terminal::new(Style::choose(args.output.quiet, false)));
     let doing = || format!("cannot restore {} from {location}", args.what.display());

@@ -22,7 +22,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
     let unlock = || {
-        let store = image::connect(&location, &args.image.link())?;
+        let store = image::connect(&location, &args.image.link()?)?;
         Lease::clear(store, &location.to_string(), args.force)
     };
     match unlock().attempt(|| format!("cannot unlock {location}"))? {

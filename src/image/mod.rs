@@ -9,7 +9,9 @@
 
 mod create;
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,13 +19,17 @@ pub use create::{Created, Creation, create};
 
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
+use crate::layer::cache::readahead;
 use crate::layer::crypt::Segment;
 use crate::layer::{Cache, Crypt, Overlay, cache};
 use crate::link::Dial;
+use crate::link::built_in::{BuiltInDial, BuiltInOptions};
 use crate::link::command::CommandDial;
+use crate::link::limit::{Limit, limited};
 use crate::link::ssh::{SshDial, SshOptions};
-use crate::location::Location;
+use crate::location::{Location, Server};
 use crate::luks::{self, Header, Loaded};
+use crate::remote::engine::Bounds;
 use crate::remote::{self, Access, Store};
 use crate::secret::Secret;
 use crate::xts;
@@ -31,27 +37,90 @@ use crate::xts;
 /// How the server is reached.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LinkSettings {
+    pub ssh: Ssh,
+    /// Where the location names none.
+    pub port: Option<u16>,
+    pub identity_file: Option<PathBuf>,
+    /// Another configuration file of ssh.
+    pub ssh_config: Option<PathBuf>,
     /// Each is passed to ssh as `-o OPTION`.
     pub ssh_options: Vec<String>,
     /// Runs instead of ssh; split into words as a shell does.
     pub command: Option<String>,
+    pub limit: Limit,
     /// Whether ssh may ask somebody; else it runs in batch mode.
     pub interactive: bool,
+    /// How many SFTP sessions to use; as many as the link asks for if `None`.
+    pub channels: Option<usize>,
+    /// How long a broken link is dialled again before reads and writes fail.
+    pub io_deadline: Option<Duration>,
+    /// How long writes of a broken connection are taken to be able to arrive.
+    pub late_writes: Option<Duration>,
+}
+
+impl LinkSettings {
+    fn bounds(&self) -> Bounds {
+        let usual = Bounds::default();
+        Bounds {
+            sessions: self.channels,
+            io_deadline: self.io_deadline.unwrap_or(usual.io_deadline),
+            late_after_end: self.late_writes.unwrap_or(usual.late_after_end),
+            late_after_silence: self.late_writes.unwrap_or(usual.late_after_silence),
+            ..usual
+        }
+    }
+}
+
+/// Who speaks SSH.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ssh {
+    /// The `ssh` of the system, with the user's configuration.
+    #[default]
+    System,
+    /// We do.
+    BuiltIn,
+}
+
+impl LinkSettings {
+    fn dial(&self, server: &Server) -> Result<Arc<dyn Dial>> {
+        if let Some(command) = &self.command {
+            return Ok(Arc::new(CommandDial::from_line(command)?));
+        }
+        let mut server = server.clone();
+        if let (Some(named), Some(given)) = (server.port, self.port)
+            && named != given
+        {
+            let why = format!("the location names port {named}, and --ssh-port {given}");
+            return Err(Error::new(Kind::Usage, why));
+        }
+        server.port = server.port.or(self.port);
+        Ok(match self.ssh {
+            Ssh::System => Arc::new(SshDial::new(
+                server,
+                SshOptions {
+                    identity_file: self.identity_file.clone(),
+                    config_file: self.ssh_config.clone(),
+                    options: self.ssh_options.clone(),
+                    batch: !self.interactive,
+                    ..SshOptions::default()
+                },
+            )),
+            Ssh::BuiltIn => Arc::new(BuiltInDial::new(
+                server,
+                BuiltInOptions {
+                    identity_file: self.identity_file.clone(),
+                    batch: !self.interactive,
+                    ..BuiltInOptions::default()
+                },
+            )?),
+        })
+    }
 }
 
 /// Dials the server of `location`, if it has one.
 pub fn connect(location: &Location, link: &LinkSettings) -> Result<Arc<dyn Store>> {
-    remote::connect(location, |server| -> Result<Arc<dyn Dial>> {
-        let Some(command) = &link.command else {
-            let options = SshOptions {
-                options: link.ssh_options.clone(),
-                batch: !link.interactive,
-                ..SshOptions::default()
-            };
-            return Ok(Arc::new(SshDial::new(server.clone(), options)));
-        };
-        Ok(Arc::new(CommandDial::from_line(command)?))
-    })
+    let dialler = |server: &Server| Ok(limited(link.dial(server)?, link.limit));
+    remote::connect(location, dialler, link.bounds())
 }
 
 /// An image whose header was read and judged, still locked.
@@ -188,6 +257,20 @@ impl Volume {
     pub fn owed_later(&self) -> impl Fn() -> u64 + Send + use<> {
         let cache = Arc::downgrade(&self.cache);
         move || cache.upgrade().map_or(0, |cache| cache.stats().dirty_bytes)
+    }
+
+    /// Fits reading ahead to a link with this round trip and these bytes per second; for a thread
+    /// that outlives the call.
+    pub fn tune_later(&self) -> impl Fn(Duration, u64) + Send + use<> {
+        let cache = Arc::downgrade(&self.cache);
+        move |round_trip, bytes_per_second| {
+            if let Some(cache) = cache.upgrade() {
+                cache.adapt_readahead(readahead::Parameters::for_link(
+                    round_trip,
+                    bytes_per_second,
+                ));
+            }
+        }
     }
 
     /// Everything written before is on stable storage, or the error says why not.

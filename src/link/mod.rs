@@ -1,7 +1,17 @@
 //! The byte stream that carries SFTP, and how it is dialled.
 
+pub mod built_in; // SSH without an ssh program, by libssh2
+mod child; //       a child process: started, listened to, ended, reaped
 pub mod command; // any child process whose stdin and stdout speak SFTP
+mod known_hosts; // the host keys that the built-in SSH accepts
+pub mod limit; //   bytes per second
+mod login; //       agent, key files and password of the built-in SSH
+mod master; //      one connection of ssh that carries many streams
+mod pump; //        between the channels of the built-in SSH and their streams
+mod socket_dir; //  where its socket is
 pub mod ssh; //     the system's ssh
+mod ssh_words; //   what it says when it fails
+mod terminal; //    who is asked for a login
 
 use std::io::{Read, Write};
 use std::sync::Arc;
@@ -58,5 +68,17 @@ pub trait Dial: Send + Sync {
 }
 
 /// For a stream that asks no questions. ssh gives up connecting after
-/// [`ssh::CONNECT_TIMEOUT_SECONDS`]; logging in and starting the server come on top.
+/// [`CONNECT_TIMEOUT_SECONDS`]; logging in and starting the server come on top.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The same when somebody may be asked for a passphrase, a touch of a key, or whether a host is
+/// known.
+pub const PATIENCE_WITH_QUESTIONS: Duration = Duration::from_secs(600);
+
+/// How long connecting to the server may take, without logging in.
+pub const CONNECT_TIMEOUT_SECONDS: u32 = 30;
+
+/// A server that has vanished is noticed after this time without a byte, thrice over (it is asked
+/// twice, and the last answer has as long to come): 30 s.
+const ALIVE_INTERVAL_SECONDS: u32 = 10;
+const ALIVE_COUNT: u32 = 2;

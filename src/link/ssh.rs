@@ -1,38 +1,36 @@
 //! The system's `ssh`: it honours the user's configuration, agent, jump hosts, hardware keys and
 //! known hosts.
 //!
+//! All streams of a dial share one connection where that works (`link::master`): one login, and
+//! nobody is asked again. Where it does not, each stream is a connection of its own. In between
+//! stands ssh itself: one whose master refuses another channel, or has just ended, connects
+//! directly, and may then ask nobody.
+//!
 //! ssh takes the first value that it finds for an option, so the order on its command line is:
 //! what the user gave, then ours, and its configuration files come last.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tracing::debug;
+use tracing::{debug, info};
 
-use super::command::{self, Ending};
-use super::{Dial, Occasion, PATIENCE, Stream};
-use crate::error::{Attempt, Error, Kind, Result};
+use super::child::{Ending, Gate};
+use super::command;
+use super::master::{Master, Start};
+use super::ssh_words::{explain, explain_shared};
+use super::terminal::can_ask;
+use super::{
+    ALIVE_COUNT, ALIVE_INTERVAL_SECONDS, CONNECT_TIMEOUT_SECONDS, Dial, Occasion, PATIENCE,
+    PATIENCE_WITH_QUESTIONS, Stream,
+};
+use crate::error::{Attempt, Kind, Result};
 use crate::location::Server;
-
-/// How long connecting to the server may take, without logging in.
-pub const CONNECT_TIMEOUT_SECONDS: u32 = 30;
-
-/// A peer that has vanished is noticed after this time without a byte, twice over: 30 s.
-const ALIVE_INTERVAL_SECONDS: u32 = 15;
-const ALIVE_COUNT: u32 = 2;
-
-/// How long the server's first packet may take when ssh may ask for a passphrase, a touch of a
-/// key or whether a host is known.
-const PATIENCE_WITH_QUESTIONS: Duration = Duration::from_secs(600);
 
 /// The cheapest cipher where the processor has AES: 2.2 s per GiB instead of 3.7 s.
 const CHEAPEST: &str = "aes128-gcm@openssh.com";
-
-/// The exit code with which ssh reports an error of its own, and not of what it ran.
-const SSH_FAILED: i32 = 255;
 
 /// What the user set about ssh. The default leaves all to its own configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,23 +48,56 @@ pub struct SshOptions {
 }
 
 /// Dials one server by its `ssh -s sftp`.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct SshDial {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
     server: Server,
     options: SshOptions,
     asks: bool,
+    configuration: OnceLock<Configuration>,
+    master: Mutex<Slot>,
+}
+
+/// What ssh makes of all configuration.
+#[derive(Clone, Debug, Default)]
+struct Configuration {
+    /// The ciphers to ask for.
+    ciphers: Option<String>,
+    /// The user's files name a socket for masters.
+    control_path: bool,
+}
+
+#[derive(Default)]
+struct Slot {
+    master: Option<Arc<Master>>,
+    /// A master was tried and this ssh cannot be one.
+    unable: bool,
 }
 
 impl SshDial {
     pub fn new(server: Server, options: SshOptions) -> Self {
         let asks = !options.batch && can_ask();
         SshDial {
-            server,
-            options,
-            asks,
+            shared: Arc::new(Shared {
+                server,
+                options,
+                asks,
+                configuration: OnceLock::new(),
+                master: Mutex::default(),
+            }),
         }
     }
 
+    /// The command line of a stream with a connection of its own.
+    pub fn argv(&self, occasion: Occasion) -> Vec<OsString> {
+        self.shared.own_argv(occasion)
+    }
+}
+
+impl Shared {
     fn program(&self) -> OsString {
         match &self.options.program {
             Some(program) => program.clone().into(),
@@ -99,9 +130,8 @@ impl SshDial {
         words
     }
 
-    /// The command line.
-    pub fn argv(&self, occasion: Occasion) -> Vec<OsString> {
-        let asks = self.asks && occasion == Occasion::First;
+    /// What masters and streams have in common.
+    fn common_argv(&self, asks: bool) -> Vec<OsString> {
         let mut argv = vec![self.program()];
         argv.extend(self.given());
         // No terminal, no X11, no agent forwarding, no escape character.
@@ -118,8 +148,19 @@ impl SshDial {
         set("RequestTTY=no".into());
         // A RemoteCommand of the configuration would be refused beside a subsystem.
         set("RemoteCommand=none".into());
-        if let Some(ciphers) = self.ciphers() {
+        if let Some(ciphers) = &self.configuration().ciphers {
             set(format!("Ciphers={ciphers}"));
+        }
+        argv
+    }
+
+    /// A stream: through the master at `socket`, or by a connection of its own.
+    fn stream_argv(&self, asks: bool, socket: Option<&Path>) -> Vec<OsString> {
+        let mut argv = self.common_argv(asks);
+        // Never the master of others: they would end with it.
+        argv.extend(["-o", "ControlMaster=no"].map(OsString::from));
+        if let Some(socket) = socket {
+            argv.extend(["-S".into(), socket.into()]);
         }
         argv.extend(["-s", "--"].map(OsString::from));
         argv.push(self.server.host.clone().into());
@@ -127,16 +168,109 @@ impl SshDial {
         argv
     }
 
+    fn own_argv(&self, occasion: Occasion) -> Vec<OsString> {
+        self.stream_argv(self.asks_at(occasion), None)
+    }
+
+    fn master_argv(&self, asks: bool, socket: &Path) -> Vec<OsString> {
+        let mut argv = self.common_argv(asks);
+        let settings = ["-o", "ControlMaster=yes", "-o", "ControlPersist=no", "-S"];
+        argv.extend(settings.map(OsString::from));
+        argv.extend([socket.into(), "-N".into(), "--".into()]);
+        argv.push(self.server.host.clone().into());
+        argv
+    }
+
+    fn asks_at(&self, occasion: Occasion) -> bool {
+        self.asks && occasion == Occasion::First
+    }
+
+    fn patience(&self, asks: bool) -> Duration {
+        match asks {
+            true => PATIENCE_WITH_QUESTIONS,
+            false => PATIENCE,
+        }
+    }
+
+    /// The connection that a stream shall go through, made if need be; `None` when it needs one of
+    /// its own.
+    fn master(&self, occasion: Occasion) -> Result<Option<Arc<Master>>> {
+        let mut slot = self.master.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot.unable || self.has_an_opinion() {
+            return Ok(None);
+        }
+        if let Some(master) = &slot.master {
+            if master.is_of_use() {
+                return Ok(Some(master.clone()));
+            }
+            info!("the ssh connection has ended, connecting again");
+            slot.master = None;
+        }
+        if self.configuration().control_path && self.has_a_master() {
+            return Ok(None); // ssh goes through that one by itself
+        }
+        let asks = self.asks_at(occasion);
+        match Master::start(self.patience(asks), |socket| self.master_argv(asks, socket)) {
+            Ok(master) => slot.master = Some(Arc::new(master)),
+            Err(error) if error.kind() == Kind::MissingTool => return Err(error),
+            Err(error) => {
+                info!("no shared ssh connection: {}", error.chain().join(": "));
+                slot.unable = true;
+            }
+        }
+        Ok(slot.master.clone())
+    }
+
+    fn cannot_share(&self) {
+        info!("this ssh does not share connections; each stream makes its own");
+        let mut slot = self.master.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.unable = true;
+        slot.master = None;
+    }
+
+    /// Whether the user said on our command line how ssh shall share connections.
+    fn has_an_opinion(&self) -> bool {
+        let options = self.options.options.iter();
+        let mut names = options.map(|option| option.trim_start().to_ascii_lowercase());
+        names.any(|name| name.starts_with("control"))
+    }
+
+    /// Whether a master of the user's own configuration is up.
+    fn has_a_master(&self) -> bool {
+        let mut command = self.quiet_ssh(&self.given());
+        let status = command.args(["-O", "check", "--", &self.server.host]);
+        let up = status.stdout(Stdio::null()).status();
+        up.is_ok_and(|status| status.success())
+    }
+
+    fn quiet_ssh(&self, options: &[OsString]) -> Command {
+        let mut command = Command::new(self.program());
+        command.args(options);
+        command.stdin(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+
+    fn configuration(&self) -> &Configuration {
+        self.configuration.get_or_init(|| {
+            let told = self.settings_with(&self.given());
+            let setting = |name| value(&told, name).filter(|value| *value != "none");
+            Configuration {
+                ciphers: self.ciphers(setting("ciphers")),
+                control_path: setting("controlpath").is_some(),
+            }
+        })
+    }
+
     /// The ciphers with the cheapest first; `None` leaves them alone. They are only reordered where
     /// nobody else has an opinion: what ssh would use with all configuration (`ssh -G`) is what
     /// it would use with none.
-    fn ciphers(&self) -> Option<String> {
+    fn ciphers(&self, configured: Option<&str>) -> Option<String> {
         if !has_aes() {
             return None;
         }
-        let configured = self.ciphers_with(&self.given())?;
-        let built_in = self.ciphers_with(&["-F".into(), "none".into()])?;
-        if configured != built_in {
+        let built_in = self.settings_with(&["-F".into(), "none".into()]);
+        let built_in = value(&built_in, "ciphers")?;
+        if configured? != built_in {
             return None;
         }
         let others = built_in.split(',').filter(|name| *name != CHEAPEST);
@@ -145,27 +279,20 @@ impl SshDial {
         (ordered.len() == built_in.split(',').count()).then(|| ordered.join(","))
     }
 
-    fn ciphers_with(&self, options: &[OsString]) -> Option<String> {
-        let output = Command::new(self.program())
-            .arg("-G")
-            .args(options)
-            .args(["--", &self.server.host])
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .output()
-            .ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
-        let ciphers = text.lines().find_map(|line| line.strip_prefix("ciphers "));
-        debug!(?ciphers, "asked ssh for its configuration");
-        ciphers.map(String::from)
+    /// What ssh says of its settings; nothing when it cannot be asked.
+    fn settings_with(&self, options: &[OsString]) -> String {
+        let mut command = self.quiet_ssh(options);
+        let output = command.args(["-G", "--", &self.server.host]).output();
+        let settings = output.map(|output| String::from_utf8(output.stdout).unwrap_or_default());
+        debug!(?options, "asked ssh for its configuration");
+        settings.unwrap_or_default()
     }
 }
 
-/// ssh asks on the controlling terminal, wherever its input and output go. In the background it
-/// would be stopped there until somebody noticed.
-fn can_ask() -> bool {
-    let ours = rustix::process::getpgrp();
-    File::open("/dev/tty").is_ok_and(|tty| rustix::termios::tcgetpgrp(&tty) == Ok(ours))
+/// The value of a setting that `ssh -G` tells.
+fn value<'a>(settings: &'a str, name: &str) -> Option<&'a str> {
+    let mut lines = settings.lines();
+    lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
 }
 
 fn has_aes() -> bool {
@@ -179,104 +306,50 @@ fn has_aes() -> bool {
 
 impl Dial for SshDial {
     fn dial(&self, occasion: Occasion) -> Result<Stream> {
-        let server = self.server.clone();
-        let explain = Box::new(move |ending: &Ending| explain(&server, ending));
-        let started =
-            command::start(&self.argv(occasion), explain).map_err(|error| match error.kind() {
-                Kind::MissingTool => error.hint("install the package openssh-client"),
-                _ => error,
-            });
-        started.attempt(|| format!("connect to {}", self.server))
+        let stream = match self.shared.master(occasion) {
+            Ok(None) => self.own_stream(occasion),
+            Ok(Some(master)) => self.shared_stream(occasion, master),
+            Err(error) => Err(error),
+        };
+        let stream = stream.map_err(|error| match error.kind() {
+            Kind::MissingTool => error.hint("install the package openssh-client"),
+            _ => error,
+        });
+        stream.attempt(|| format!("connect to {}", self.shared.server))
     }
 
     fn patience(&self) -> Duration {
-        match self.asks {
-            true => PATIENCE_WITH_QUESTIONS,
-            false => PATIENCE,
-        }
+        self.shared.patience(self.shared.asks)
     }
 }
 
-/// A way for ssh to fail: what it prints then, and what that means.
-struct Failure {
-    marks: &'static [&'static str],
-    kind: Kind,
-    text: &'static str,
-    hint: &'static str,
-}
+impl SshDial {
+    fn own_stream(&self, occasion: Occasion) -> Result<Stream> {
+        let server = self.shared.server.clone();
+        let explain = move |ending: &Ending| explain(&server, ending);
+        command::start(&self.shared.own_argv(occasion), Box::new(explain))
+    }
 
-/// In order: a changed host key also says that verification failed, and so on.
-#[rustfmt::skip]
-const FAILURES: &[Failure] = &[
-    Failure {
-        marks: &["REMOTE HOST IDENTIFICATION HAS CHANGED", "REVOKED HOST KEY DETECTED"],
-        kind: Kind::Disconnected,
-        text: "the server shows another host key than it did before",
-        hint: "if the server was set up anew, remove its old key with `ssh-keygen -R HOST`; else somebody may be in between",
-    },
-    Failure {
-        marks: &["Host key verification failed", "No matching host key fingerprint"],
-        kind: Kind::Disconnected,
-        text: "the host key of the server is not known",
-        hint: "run `ssh HOST` once by hand, as the same user, and compare the fingerprint",
-    },
-    Failure {
-        marks: &["Permission denied (", "Too many authentication failures", "No more authentication methods"],
-        kind: Kind::Denied,
-        text: "the server did not accept our login",
-        hint: "try `ssh HOST` by hand, as the same user; a key with a passphrase needs ssh-agent or a terminal",
-    },
-    Failure {
-        marks: &["subsystem request failed"],
-        kind: Kind::Unsupported,
-        text: "the server offers no SFTP",
-        hint: "it needs a line `Subsystem sftp internal-sftp` in its sshd_config",
-    },
-    Failure {
-        marks: &["Bad configuration option", "bad configuration option", "command-line line 0", "Bad owner or permissions"],
-        kind: Kind::Usage,
-        text: "ssh does not accept its configuration",
-        hint: "`ssh -G HOST` shows what it makes of it",
-    },
-    Failure {
-        marks: &["Could not resolve hostname"],
-        kind: Kind::Disconnected,
-        text: "the name of the server could not be resolved",
-        hint: "check the host name and the network",
-    },
-    Failure {
-        marks: &["Connection refused"],
-        kind: Kind::Disconnected,
-        text: "the server refused the connection",
-        hint: "check that sshd runs there, and its port",
-    },
-    Failure {
-        marks: &["No route to host", "Network is unreachable", "Host is down", "Connection timed out", "Operation timed out"],
-        kind: Kind::Disconnected,
-        text: "the server could not be reached",
-        hint: "check the network",
-    },
-    Failure {
-        marks: &["not responding"],
-        kind: Kind::Disconnected,
-        text: "the server stopped answering",
-        hint: "check the network",
-    },
-];
-
-/// Reads what ssh said when it ended.
-fn explain(server: &Server, ending: &Ending) -> Error {
-    let said = |mark: &&str| ending.words.iter().any(|line| line.contains(mark));
-    let own = ending
-        .status
-        .is_none_or(|status| status.code() == Some(SSH_FAILED));
-    let failure = FAILURES
-        .iter()
-        .find(|failure| own && failure.marks.iter().any(said));
-    match failure {
-        None => ending.error(Kind::Disconnected, "ssh"),
-        Some(failure) => Error::new(failure.kind, failure.text)
-            .hint(failure.hint.replace("HOST", &server.host))
-            .because(ending.error(failure.kind, "ssh")),
+    /// A stream that starts when its master has logged in.
+    fn shared_stream(&self, occasion: Occasion, master: Arc<Master>) -> Result<Stream> {
+        let why = {
+            let (server, master) = (self.shared.server.clone(), master.clone());
+            // When its master has ended, that is why.
+            move |ending: &Ending| match master.ending() {
+                Some(why) => explain(&server, &why),
+                None => explain_shared(&server, ending),
+            }
+        };
+        let shared = self.shared.clone();
+        let argv = move |gate: &Gate<'_>| match master.wait(gate)? {
+            Start::Ready => Ok(shared.stream_argv(false, Some(&master.socket()))),
+            Start::Failed(ending) => Err(explain(&shared.server, &ending)),
+            Start::Unable => {
+                master.end();
+                shared.cannot_share();
+                Ok(shared.own_argv(occasion))
+            }
+        };
+        command::start_when(argv, Box::new(why))
     }
 }

@@ -56,6 +56,20 @@ impl HeaderCopy {
     }
 }
 
+/// So many bytes from the start of an image hold the UUID.
+pub const HEAD_BYTES: usize = 512;
+
+/// The UUID of the primary header that begins with `head`, unchecked: it tells images apart.
+/// `None` when no header begins there.
+pub fn uuid_of(head: &[u8]) -> Option<String> {
+    if head.len() < HEAD_BYTES || !head.starts_with(HeaderCopy::Primary.magic()) {
+        return None;
+    }
+    Some(shown(&String::from_utf8_lossy(&text(
+        head, UUID_AT, UUID_SIZE,
+    ))))
+}
+
 /// The fields of a binary header, but for magic, version, offset and checksum, which say where it
 /// lies and that it is whole.
 #[derive(Clone, Debug, PartialEq, Eq)]

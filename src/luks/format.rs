@@ -99,7 +99,7 @@ impl Format {
         );
         let area_key = area_key(&lock, passphrase)
             .map_err(|why| Error::new(Kind::Usage, format!("keyslot: {why}")))?;
-        let area = seal(&volume_key, &area_key, &lock, random)?;
+        let area = seal(&volume_key, area_key.bytes(), &lock, random)?;
 
         let json = self.json(&lock, &digest).to_string();
         let mut writes = vec![Write {
@@ -113,7 +113,7 @@ impl Format {
             let bytes = self.copy(copy, &json, random)?;
             writes.push(Write { offset, bytes });
         }
-        let header = read_back(&writes, self.device_size, &area_key, &volume_key)
+        let header = read_back(&writes, self.device_size, area_key.bytes(), &volume_key)
             .attempt(|| "read back the header that was made")?;
         Ok(Formatted {
             writes,

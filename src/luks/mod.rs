@@ -29,7 +29,7 @@ mod segment;
 mod split;
 mod unlock;
 
-pub use binary::HeaderCopy;
+pub use binary::{HEAD_BYTES, HeaderCopy, uuid_of};
 pub use digest::Digest;
 pub use format::{Format, Formatted, Write};
 pub use hash::Hash;

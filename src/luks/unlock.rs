@@ -1,7 +1,6 @@
 //! From a passphrase to the volume key (specification section 5).
 
 use tracing::debug;
-use zeroize::Zeroizing;
 
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::secret::Secret;
@@ -44,7 +43,7 @@ impl Header {
                 }
             };
             let stored = read_area(keyslot, read)?;
-            let key = open_area(stored, &area_key, lock, keyslot.key_size())?;
+            let key = open_area(stored, area_key.bytes(), lock, keyslot.key_size())?;
             tried += 1;
             if sum.matches(key.bytes()) {
                 debug!(keyslot = keyslot.id(), "keyslot opened");
@@ -85,10 +84,7 @@ fn refusal(tried: usize, skipped: &[String]) -> Error {
 }
 
 /// The key of a keyslot's area.
-pub(super) fn area_key(
-    lock: &Lock,
-    passphrase: &Secret,
-) -> std::result::Result<Zeroizing<Vec<u8>>, String> {
+pub(super) fn area_key(lock: &Lock, passphrase: &Secret) -> std::result::Result<Secret, String> {
     kdf::derived(&lock.kdf, passphrase.bytes(), lock.area_key_size as usize)
 }
 

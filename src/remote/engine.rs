@@ -45,6 +45,17 @@ pub struct Bounds {
     pub bytes_in_flight: usize,
     /// Requests in flight.
     pub requests_in_flight: usize,
+    /// How many sessions a store uses; as many as the link asks for if `None`.
+    pub sessions: Option<usize>,
+    /// How long a store tries to restore a broken link before its callers hear of it. Zero: a
+    /// session that breaks is not replaced.
+    pub io_deadline: Duration,
+    /// How long a write of a connection that has ended may still reach the file, from a buffer on
+    /// the way or in the server.
+    pub late_after_end: Duration,
+    /// The same for one that fell silent: TCP sends again what it holds for minutes after the
+    /// path has come back.
+    pub late_after_silence: Duration,
 }
 
 impl Default for Bounds {
@@ -58,6 +69,10 @@ impl Default for Bounds {
             // door.
             bytes_in_flight: 4 * MIB as usize,
             requests_in_flight: 256,
+            sessions: None,
+            io_deadline: Duration::from_secs(600),
+            late_after_end: Duration::from_secs(30),
+            late_after_silence: Duration::from_secs(300),
         }
     }
 }
@@ -70,11 +85,18 @@ const CHUNK: u64 = 128 * KIB;
 /// section 3).
 const CHUNK_UNLIMITED: u64 = 32 * KIB;
 
+/// Nothing is later than this, whatever was set.
+const LATE_MAX: Duration = Duration::from_secs(24 * 3600);
+
 /// Chunks are multiples of this, so that a whole sector is in one of them.
 const CHUNK_ALIGNMENT: u64 = 4 * KIB;
 
 /// Read ahead for small replies; larger ones are read in place.
 const READ_AHEAD: usize = 64 * KIB as usize;
+
+/// A connection that was silent for so long before its end may have ended for that: ssh gives up by
+/// itself, too, and then what it sent still lies in buffers on the way.
+const STALLED: Duration = Duration::from_secs(3);
 
 /// How long the rest of a text that came instead of SFTP is waited for.
 const TEXT_TIME: Duration = Duration::from_millis(200);
@@ -100,6 +122,7 @@ struct State {
     /// When the first of the requests now waiting was made.
     waiting_since: Option<Instant>,
     dead: Option<Told>,
+    fell_silent: bool,
 }
 
 struct Shared {
@@ -233,6 +256,23 @@ impl Engine {
         }
     }
 
+    /// How long what was not answered when the session ended may still be done by the server.
+    pub fn late_writes(&self) -> Duration {
+        let bounds = self.shared.bounds;
+        let late = match self.shared.lock().fell_silent {
+            true => bounds.late_after_silence,
+            false => bounds.late_after_end,
+        };
+        late.min(LATE_MAX)
+    }
+
+    /// Ends the session, as dropping it does, for everybody who still knows it.
+    pub fn end(&self) {
+        let closed = Error::new(Kind::Disconnected, "the session was closed");
+        self.shared.die(&closed);
+        self.shared.handle.close();
+    }
+
     /// Why the session is over; `None` while it is up.
     pub fn dead(&self) -> Option<Error> {
         self.shared.lock().dead.clone().map(Error::from)
@@ -308,9 +348,7 @@ fn chunk(limit: u64) -> usize {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        let closed = Error::new(Kind::Disconnected, "the session was closed");
-        self.shared.die(&closed);
-        self.shared.handle.close();
+        self.end();
         for thread in self.threads.drain(..) {
             let _ = thread.join(); // a panic there has been reported there
         }
@@ -445,6 +483,7 @@ impl Shared {
         if state.dead.is_none() {
             debug!(cause = %cause.chain().join(": "), "the SFTP session is over");
             state.dead = Some(Told::from(cause));
+            state.fell_silent |= self.silent_for(&state) >= STALLED;
         }
         let cause = state.dead.clone();
         let abandoned = state.conversation.abandon();
@@ -483,21 +522,27 @@ impl Shared {
         }
     }
 
+    /// For how long the server has not said a word although a request waits.
+    fn silent_for(&self, state: &State) -> Duration {
+        let heard = self.born + Duration::from_millis(self.heard.load(Ordering::Relaxed));
+        let since = state.waiting_since;
+        since.map_or(Duration::ZERO, |since| since.max(heard).elapsed())
+    }
+
     /// The watchdog's life.
     fn watch(&self) {
         let mut state = self.lock();
         while state.dead.is_none() {
-            let Some(since) = state.waiting_since else {
+            if state.waiting_since.is_none() {
                 let waited = self.watch.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
                 continue;
-            };
-            let heard = self.born + Duration::from_millis(self.heard.load(Ordering::Relaxed));
+            }
             let bound = match state.busy {
                 0 => self.bounds.silence,
                 _ => self.bounds.silence_of_disk,
             };
-            let silent = since.max(heard).elapsed();
+            let silent = self.silent_for(&state);
             if silent < bound {
                 // A busy disk may end before, and then the shorter bound holds.
                 let nap = (bound - silent).min(self.bounds.silence);
@@ -505,6 +550,7 @@ impl Shared {
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 continue;
             }
+            state.fell_silent = true;
             drop(state);
             let seconds = bound.as_secs_f32();
             let silence = Error::new(

@@ -127,7 +127,11 @@ impl Holder {
         let comparable = self.version == VERSION
             && self.boot_id == me.boot_id
             && self.pid_namespace == me.pid_namespace;
-        let Some(pid) = Pid::from_raw(self.pid).filter(|_| self.pid > 0) else {
+        // The number is the server's word, and `from_raw` takes none below zero.
+        let Some(pid) = Some(self.pid)
+            .filter(|pid| *pid > 0)
+            .and_then(Pid::from_raw)
+        else {
             return false;
         };
         if !comparable {
@@ -217,6 +221,7 @@ impl Lease {
                 Err(error) => return Err(error),
             };
             debug!(nonce = me.nonce, "the lease is taken");
+            store.use_lease(Some(&me.nonce));
             return Ok(Lease {
                 store,
                 name: name.into(),
@@ -261,14 +266,7 @@ impl Lease {
 
     /// Whether it is still ours, by one look. [`Kind::InUse`] when it is not.
     pub fn check(&self) -> Result<()> {
-        match Lease::peek(&*self.store)? {
-            Some(holder) if holder.nonce == self.holder.nonce => Ok(()),
-            Some(holder) => Err(Error::new(
-                Kind::InUse,
-                format!("the lease was taken over by {}", holder.describe()),
-            )),
-            None => Err(Error::new(Kind::InUse, "the lease was removed by somebody")),
-        }
+        is_held(self.store.read_side(SUFFIX)?, &self.holder.nonce)
     }
 
     /// Removes the lease if it is still ours.
@@ -281,6 +279,7 @@ impl Lease {
             return Ok(());
         }
         let attempt = || format!("release the lease of {}", self.name);
+        self.store.use_lease(None);
         self.check().attempt(attempt)?;
         self.store.remove_side(SUFFIX).attempt(attempt)?;
         debug!(nonce = self.holder.nonce, "the lease is released");
@@ -319,6 +318,20 @@ impl Drop for Lease {
         if let Err(error) = self.release_once() {
             warn!(error = %error.chain().join(": "), "the lease was not released");
         }
+    }
+}
+
+/// Whether the content of a lease file is that of the holder with this nonce. [`Kind::InUse`] when
+/// it is not.
+pub(super) fn is_held(content: Option<Vec<u8>>, nonce: &str) -> Result<()> {
+    let lost = |text: String| Err(Error::new(Kind::InUse, text));
+    match content
+        .map(|content| Holder::decode(&content))
+        .transpose()?
+    {
+        Some(holder) if holder.nonce == nonce => Ok(()),
+        Some(holder) => lost(format!("the lease was taken over by {}", holder.describe())),
+        None => lost("the lease was removed by somebody".into()),
     }
 }
 
@@ -502,6 +515,11 @@ mod tests {
                 ..other_start.clone()
             };
             assert!(!foreign.is_dead());
+        }
+        // Found by fuzzing: a lease that names no process at all.
+        for pid in [0, -1, i32::MIN] {
+            let nobody = Holder { pid, ..me.clone() };
+            assert!(!nobody.is_dead(), "{pid}");
         }
     }
 

@@ -2,17 +2,22 @@
 
 pub mod engine; //     the SFTP client over one stream: many requests in flight
 mod files; //          what can be done to files of an SFTP server
+mod growth; //         how many sessions a link asks for
+pub mod lanes; //      the sessions with one server: which carries what, and anew when one breaks
 pub mod lease; //      who may write
 pub mod local; //      a file here
 mod packets; //        packets onto a stream and off it
+pub mod redial; //     an image over sessions that may break
 pub mod sftp_store; // a file behind SFTP
 mod transfer; //       reads and writes of any length, cut into chunks
+mod unsynced; //       what was written since the last flush
 mod verdict; //        what a reply means
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::device::Device;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, Told};
 use crate::link::Dial;
 use crate::location::{Location, Server};
 
@@ -40,6 +45,37 @@ pub struct Space {
 pub struct Traffic {
     pub sent: u64,
     pub received: u64,
+}
+
+/// How the link is.
+#[derive(Clone, Debug)]
+pub enum Link {
+    Up {
+        sessions: usize,
+    },
+    /// It broke, and is being dialled again.
+    Down {
+        since: Duration,
+        /// Dials that have failed.
+        attempts: u32,
+        why: Told,
+    },
+    /// It broke for good: everything fails with this.
+    Over(Told),
+}
+
+impl Link {
+    pub fn is_over(&self) -> bool {
+        matches!(self, Link::Over(_))
+    }
+}
+
+/// What the link has shown of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    pub round_trip: Duration,
+    /// While it was full; 0 if it never was.
+    pub bytes_per_second: u64,
 }
 
 /// The longest side file, in bytes.
@@ -88,18 +124,39 @@ pub trait Store: Send + Sync {
     fn space(&self) -> Result<Option<Space>>;
 
     fn traffic(&self) -> Traffic;
+
+    /// Never anything but up where there is no link.
+    fn link(&self) -> Link {
+        Link::Up { sessions: 0 }
+    }
+
+    /// `None` where nothing was measured.
+    fn measured(&self) -> Option<Measured> {
+        None
+    }
+
+    /// Says whose lease the image is used under: after a break it must still be there. `None` ends
+    /// that.
+    fn use_lease(&self, _nonce: Option<&str>) {}
+
+    /// Waits until no write of a connection that broke can reach the image any more; call it after
+    /// the last flush. `tell` hears, about every second, how long that will take yet.
+    fn settle(&self, _tell: &dyn Fn(Duration)) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The store at a location. `dialler` is asked how to reach a server; a local path needs none.
 pub fn connect(
     location: &Location,
     dialler: impl FnOnce(&Server) -> Result<Arc<dyn Dial>>,
+    bounds: Bounds,
 ) -> Result<Arc<dyn Store>> {
     match location {
         Location::Local(path) => Ok(Arc::new(LocalStore::new(path))),
         Location::Sftp(server, path) => {
             let dial = dialler(server)?;
-            let store = SftpStore::connect(&*dial, path, &location.to_string(), Bounds::default())?;
+            let store = SftpStore::connect(dial, path, &location.to_string(), bounds)?;
             Ok(Arc::new(store))
         }
     }

@@ -26,6 +26,14 @@ impl Chunk {
         // A range that reaches beyond the buffer is refused at submission.
         self.bytes.get(self.range.clone()).unwrap_or_default()
     }
+
+    /// The part of it from `from` to `to`.
+    pub fn part(&self, from: usize, to: usize) -> Chunk {
+        Chunk {
+            bytes: self.bytes.clone(),
+            range: self.range.start + from..self.range.start + to,
+        }
+    }
 }
 
 /// A packet that waits for the writer: its head, and the data behind it.

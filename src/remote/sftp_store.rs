@@ -1,100 +1,141 @@
 //! An image behind SFTP, and its side files.
 
-use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::engine::{Bounds, Engine};
 use super::files::{Files, OpenHandle, directory_of};
+use super::lanes::{self, Errand, Lanes, Session};
+use super::redial::{Redial, open_flags};
 use super::{
-    Access, SIDE_MAX, Space, Store, Traffic, check_side, passing_suffix, transfer, verdict,
+    Access, Link, Measured, SIDE_MAX, Space, Store, Traffic, check_side, lease, passing_suffix,
+    verdict,
 };
-use crate::device::{Caps, Device, Discard, Durability, check_range};
+use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::link::{Dial, Occasion};
+use crate::link::Dial;
 use crate::location::RemotePath;
 use crate::sftp::{Code, Extended, Extension, OpenFlags, Reply, Request, Status};
 
+/// How often is looked whether a late removal was done.
+const LATE_LOOK: Duration = Duration::from_secs(1);
+
 /// The image at a path of one server.
 pub struct SftpStore {
-    files: Arc<Files>,
+    lanes: Arc<Lanes>,
     path: RemotePath,
     /// The location as the user wrote it, for messages.
     name: String,
+    /// The image as it was last opened for writing: what it owes outlives its user.
+    writable: Mutex<Option<Arc<Redial>>>,
 }
 
 impl SftpStore {
     /// Dials, and greets the server, which may take as long as the dial has patience. `name` is
     /// what messages call the image.
-    pub fn connect(dial: &dyn Dial, path: &RemotePath, name: &str, bounds: Bounds) -> Result<Self> {
-        let bounds = Bounds {
-            greeting: dial.patience(),
-            ..bounds
-        };
-        let engine = dial
-            .dial(Occasion::First)
-            .and_then(|stream| Engine::start(stream, bounds))
-            .attempt(|| format!("connect to the server of {name}"))?;
-        Ok(SftpStore::over(Arc::new(engine), path, name))
+    pub fn connect(
+        dial: Arc<dyn Dial>,
+        path: &RemotePath,
+        name: &str,
+        bounds: Bounds,
+    ) -> Result<Self> {
+        let lanes = Lanes::connect(dial, name, bounds)?;
+        Ok(SftpStore::with(lanes, path, name))
     }
 
-    /// A store over a session that is up.
+    /// A store over a session that is up, and that is not replaced when it breaks.
     pub fn over(engine: Arc<Engine>, path: &RemotePath, name: &str) -> Self {
+        SftpStore::with(Lanes::single(engine, name), path, name)
+    }
+
+    fn with(lanes: Lanes, path: &RemotePath, name: &str) -> Self {
         SftpStore {
-            files: Arc::new(Files::new(engine)),
+            lanes: Arc::new(lanes),
             path: path.clone(),
             name: name.into(),
+            writable: Mutex::new(None),
         }
     }
 
-    fn open_file(&self, access: Access) -> Result<SftpFile> {
+    /// What may be done twice, on a session that is up.
+    fn on<T>(&self, body: impl Fn(Beside<'_>) -> Result<T>) -> Result<T> {
+        let path = &self.path;
+        let on_session = |session: &Arc<Session>| {
+            let files = &session.files;
+            body(Beside { files, path })
+        };
+        self.lanes.run(Errand::Control, on_session)
+    }
+
+    /// What may be done only once.
+    fn once_on<T>(&self, body: impl FnOnce(Beside<'_>) -> Result<T>) -> Result<T> {
+        let path = &self.path;
+        let on_session = |session: &Arc<Session>| {
+            let files = &session.files;
+            body(Beside { files, path })
+        };
+        self.lanes.run_once(on_session)
+    }
+
+    fn device(&self, session: &Arc<Session>, handle: OpenHandle, access: Access) -> Result<Redial> {
+        let lanes = self.lanes.clone();
+        Redial::new(lanes, session, handle, &self.path, &self.name, access)
+    }
+
+    fn keep(&self, device: Redial, access: Access) -> Arc<dyn Device> {
+        let device = Arc::new(device);
+        if access == Access::ReadWrite {
+            *self.writable() = Some(device.clone());
+        }
+        device
+    }
+
+    fn writable(&self) -> std::sync::MutexGuard<'_, Option<Arc<Redial>>> {
+        self.writable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn side_name(&self, suffix: &str) -> String {
+        format!("{}{suffix}", self.name)
+    }
+}
+
+/// The image and the files beside it, on one session.
+#[derive(Clone, Copy)]
+struct Beside<'a> {
+    files: &'a Arc<Files>,
+    path: &'a RemotePath,
+}
+
+impl Beside<'_> {
+    fn open(self, access: Access) -> Result<OpenHandle> {
         let path = self.path.as_str();
-        let opened = self.files.open(path, open_flags(access));
-        let handle = match opened {
-            Err(error) if error.kind() == Kind::NotFound => {
-                return Err(Error::new(Kind::NoImage, "there is no such file").because(error));
-            }
-            Err(error) if error.kind() == Kind::Denied && access == Access::ReadWrite => {
-                return Err(match self.files.open(path, OpenFlags::READ) {
+        let error = match self.files.open(path, open_flags(access)) {
+            Ok(handle) => return Ok(handle),
+            Err(error) => error,
+        };
+        Err(match error.kind() {
+            Kind::NotFound => Error::new(Kind::NoImage, "there is no such file").because(error),
+            Kind::Denied if access == Access::ReadWrite => {
+                match self.files.open(path, OpenFlags::READ) {
                     Ok(_) => {
                         Error::new(Kind::ReadOnly, "the server lets it be read but not written")
                             .because(error)
                     }
                     Err(_) => error,
-                });
+                }
             }
-            Err(error) if error.kind() == Kind::Io => {
-                return Err(match self.files.stat(path) {
-                    Ok(found) if found.is_regular() == Some(false) => not_regular(),
-                    _ => error,
-                });
-            }
-            other => other?,
-        };
-        self.file(handle, access)
-    }
-
-    fn file(&self, handle: OpenHandle, access: Access) -> Result<SftpFile> {
-        let request = Request::Fstat {
-            handle: handle.bytes(),
-        };
-        let found = verdict::attributes(self.files.engine.call(&request)?)?;
-        if found.is_regular() == Some(false) {
-            return Err(not_regular());
-        }
-        let size = found
-            .size
-            .ok_or_else(|| Error::new(Kind::Unsupported, "the server does not tell its size"))?;
-        Ok(SftpFile {
-            handle,
-            path: self.path.clone(),
-            name: self.name.clone(),
-            writable: access == Access::ReadWrite,
-            size: AtomicU64::new(size),
+            Kind::Io => match self.files.stat(path) {
+                Ok(found) if found.is_regular() == Some(false) => {
+                    Error::new(Kind::Usage, "it is not a regular file")
+                }
+                _ => error,
+            },
+            _ => error,
         })
     }
 
-    fn create_file(&self, size: u64) -> Result<SftpFile> {
+    fn create(self, size: u64) -> Result<OpenHandle> {
         let path = self.path.as_str();
         let handle = self.files.create(path)?;
         let filled = handle
@@ -106,25 +147,21 @@ impl SftpStore {
             let _ = self.files.remove(path); // we made it a moment ago; the failure is told
             return Err(error);
         }
-        self.file(handle, Access::ReadWrite)
+        Ok(handle)
     }
 
-    fn side(&self, suffix: &str) -> RemotePath {
+    fn side(self, suffix: &str) -> RemotePath {
         self.path.with_suffix(suffix)
     }
 
-    fn side_name(&self, suffix: &str) -> String {
-        format!("{}{suffix}", self.name)
-    }
-
     /// Writes a side file under a name that nobody else uses, and gives the name.
-    fn write_passing(&self, suffix: &str, content: &[u8]) -> Result<RemotePath> {
+    fn write_passing(self, suffix: &str, content: &[u8]) -> Result<RemotePath> {
         let path = self.side(&passing_suffix(suffix));
         self.files.write_new(path.as_str(), content)?;
         Ok(path)
     }
 
-    fn create_side_file(&self, suffix: &str, content: &[u8]) -> Result<()> {
+    fn create_side_file(self, suffix: &str, content: &[u8]) -> Result<()> {
         let path = self.side(suffix);
         let path = path.as_str();
         if !self.files.has(Extension::Hardlink) {
@@ -140,7 +177,7 @@ impl SftpStore {
         }
     }
 
-    fn read_side_file(&self, suffix: &str) -> Result<Option<Vec<u8>>> {
+    fn read_side_file(self, suffix: &str) -> Result<Option<Vec<u8>>> {
         let path = self.side(suffix);
         let handle = match self.files.open(path.as_str(), OpenFlags::READ) {
             Err(error) if error.kind() == Kind::NotFound => return Ok(None),
@@ -170,7 +207,7 @@ impl SftpStore {
         ))
     }
 
-    fn replace_side_file(&self, suffix: &str, content: &[u8]) -> Result<()> {
+    fn replace_side_file(self, suffix: &str, content: &[u8]) -> Result<()> {
         let path = self.side(suffix);
         if !self.files.has(Extension::PosixRename) {
             return self.files.overwrite(path.as_str(), content);
@@ -187,179 +224,137 @@ impl SftpStore {
     }
 }
 
-fn open_flags(access: Access) -> OpenFlags {
-    match access {
-        Access::ReadOnly => OpenFlags::READ,
-        Access::ReadWrite => OpenFlags::READ | OpenFlags::WRITE,
-    }
-}
-
-fn not_regular() -> Error {
-    Error::new(Kind::Usage, "it is not a regular file")
-}
-
 impl Store for SftpStore {
     fn open(&self, access: Access) -> Result<Arc<dyn Device>> {
-        let file = self
-            .open_file(access)
+        let open = |session: &Arc<Session>| {
+            let (files, path) = (&session.files, &self.path);
+            let handle = Beside { files, path }.open(access)?;
+            self.device(session, handle, access)
+        };
+        let device = self
+            .lanes
+            .run(Errand::Control, open)
             .attempt(|| format!("open {}", self.name))?;
-        Ok(Arc::new(file))
+        Ok(self.keep(device, access))
     }
 
     fn create(&self, size: u64) -> Result<Arc<dyn Device>> {
-        let file = self
-            .create_file(size)
+        let create = |session: &Arc<Session>| {
+            let (files, path) = (&session.files, &self.path);
+            let handle = Beside { files, path }.create(size)?;
+            self.device(session, handle, Access::ReadWrite)
+        };
+        let device = self
+            .lanes
+            .run_once(create)
             .attempt(|| format!("create {}, {size} bytes", self.name))?;
-        Ok(Arc::new(file))
+        Ok(self.keep(device, Access::ReadWrite))
     }
 
     fn remove(&self) -> Result<()> {
-        let removed = match self.files.remove(self.path.as_str()) {
+        let remove = |on: Beside<'_>| match on.files.remove(on.path.as_str()) {
             Err(error) if error.kind() == Kind::NotFound => {
                 Err(Error::new(Kind::NoImage, "there is no such file").because(error))
             }
             other => other,
         };
-        removed.attempt(|| format!("remove {}", self.name))
+        self.once_on(remove)
+            .attempt(|| format!("remove {}", self.name))
     }
 
     fn create_side(&self, suffix: &str, content: &[u8]) -> Result<()> {
         check_side(content)
-            .and_then(|()| self.create_side_file(suffix, content))
+            .and_then(|()| self.once_on(|on| on.create_side_file(suffix, content)))
             .attempt(|| format!("create {}", self.side_name(suffix)))
     }
 
     fn read_side(&self, suffix: &str) -> Result<Option<Vec<u8>>> {
-        self.read_side_file(suffix)
+        self.on(|on| on.read_side_file(suffix))
             .attempt(|| format!("read {}", self.side_name(suffix)))
     }
 
     fn replace_side(&self, suffix: &str, content: &[u8]) -> Result<()> {
         check_side(content)
-            .and_then(|()| self.replace_side_file(suffix, content))
+            .and_then(|()| self.on(|on| on.replace_side_file(suffix, content)))
             .attempt(|| format!("replace {}", self.side_name(suffix)))
     }
 
     fn remove_side(&self, suffix: &str) -> Result<()> {
-        self.files
-            .remove_if_there(self.side(suffix).as_str())
+        let path = self.path.with_suffix(suffix);
+        let mut late = None;
+        let remove = |session: &Arc<Session>| {
+            let files = &session.files;
+            // One that broke may still be done, and must not hit what somebody makes after ours
+            // is gone: so ours stays until that has passed.
+            while let Some(until) = late {
+                match files.stat(path.as_str()) {
+                    Err(error) if error.kind() == Kind::NotFound => return Ok(()),
+                    other => other?,
+                };
+                let left = Instant::saturating_duration_since(&until, Instant::now());
+                if left.is_zero() {
+                    late = None;
+                }
+                thread::sleep(left.min(LATE_LOOK));
+            }
+            let removed = files.remove_if_there(path.as_str());
+            if removed.is_err() && session.is_dead() {
+                late = Some(Instant::now() + files.engine.late_writes());
+            }
+            removed
+        };
+        self.lanes
+            .run(Errand::Control, remove)
             .attempt(|| format!("remove {}", self.side_name(suffix)))
     }
 
     fn space(&self) -> Result<Option<Space>> {
-        if !self.files.has(Extension::StatVfs) {
-            return Ok(None);
-        }
         // The directory exists also before the image does.
+        let directory = directory_of(self.path.as_str());
+        let ask = |on: Beside<'_>| match on.files.has(Extension::StatVfs) {
+            true => on.files.statvfs(directory).map(Some),
+            false => Ok(None),
+        };
         let stat = self
-            .files
-            .statvfs(directory_of(self.path.as_str()))
+            .on(ask)
             .attempt(|| format!("ask for the room around {}", self.name))?;
-        Ok(Some(Space {
+        Ok(stat.map(|stat| Space {
             free: stat.bytes_available(),
             total: stat.bytes_total(),
         }))
     }
 
     fn traffic(&self) -> Traffic {
-        self.files.engine.traffic()
-    }
-}
-
-/// An open image.
-struct SftpFile {
-    handle: OpenHandle,
-    path: RemotePath,
-    name: String,
-    writable: bool,
-    size: AtomicU64,
-}
-
-impl SftpFile {
-    fn check_writable(&self) -> Result<()> {
-        match self.writable {
-            true => Ok(()),
-            false => Err(Error::new(
-                Kind::ReadOnly,
-                format!("{} was opened for reading only", self.name),
-            )),
-        }
+        self.lanes.traffic()
     }
 
-    fn look_for_room(&self, error: Error) -> Error {
-        self.handle.files.look_for_room(self.path.as_str(), error)
-    }
-}
-
-impl Device for SftpFile {
-    fn caps(&self) -> Caps {
-        let files = &self.handle.files;
-        let chunk = files.engine.read_chunk().min(files.engine.write_chunk());
-        Caps {
-            alignment: 1,
-            io_best: u32::try_from(chunk).unwrap_or(u32::MAX),
-            writable: self.writable,
-            durability: match files.has(Extension::Fsync) {
-                true => Durability::Stable,
-                false => Durability::BestEffort,
-            },
-            discard: Discard::Refused,
-        }
+    fn link(&self) -> Link {
+        self.lanes.link()
     }
 
-    fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
+    fn measured(&self) -> Option<Measured> {
+        self.lanes.measured()
     }
 
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let len = buf.len();
-        let engine = &self.handle.files.engine;
-        check_range(self.caps(), self.size(), offset, len)
-            .and_then(|()| transfer::read_exact_at(engine, self.handle.bytes(), buf, offset))
-            .attempt(|| format!("read {len} bytes at offset {offset} of {}", self.name))
-    }
-
-    fn write_all_at(&self, data: &[u8], offset: u64) -> Result<()> {
-        self.check_writable()?;
-        let engine = &self.handle.files.engine;
-        check_range(self.caps(), self.size(), offset, data.len())
-            .and_then(|()| {
-                transfer::write_all_at(engine, self.handle.bytes(), data, offset)
-                    .map_err(|error| self.look_for_room(error))
+    fn use_lease(&self, nonce: Option<&str>) {
+        let proof = nonce.map(|nonce| {
+            let (path, nonce) = (self.path.clone(), nonce.to_string());
+            lanes::proof(move |files| {
+                let on = Beside { files, path: &path };
+                lease::is_held(on.read_side_file(lease::SUFFIX)?, &nonce)
+                    .attempt(|| "look at the lease after the link broke")
             })
-            .attempt(|| {
-                let len = data.len();
-                format!("write {len} bytes at offset {offset} of {}", self.name)
-            })
+        });
+        self.lanes.demand("lease", proof);
     }
 
-    fn flush(&self) -> Result<()> {
-        if !self.writable {
-            return Ok(());
+    fn settle(&self, tell: &dyn Fn(Duration)) -> Result<()> {
+        let writable = self.writable().clone();
+        match writable {
+            Some(device) => device
+                .settle(tell)
+                .attempt(|| format!("sync {}", self.name)),
+            None => Ok(()),
         }
-        self.handle
-            .sync()
-            .map_err(|error| self.look_for_room(error))
-            .attempt(|| format!("sync {}", self.name))
-    }
-
-    fn discard(&self, range: Range<u64>) -> Result<()> {
-        Err(Error::new(
-            Kind::Unsupported,
-            format!(
-                "discard bytes {} to {} of {}: plain SFTP cannot punch holes",
-                range.start, range.end, self.name
-            ),
-        ))
-    }
-
-    fn resize(&self, size: u64) -> Result<()> {
-        self.check_writable()?;
-        self.handle
-            .set_size(size)
-            .map_err(|error| self.look_for_room(error))
-            .attempt(|| format!("resize {} to {size} bytes", self.name))?;
-        self.size.store(size, Ordering::Release);
-        Ok(())
     }
 }

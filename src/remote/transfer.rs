@@ -99,20 +99,25 @@ fn ends_early(at: u64) -> Error {
     )
 }
 
-/// Writes `data` to the open file. Returns when every chunk is answered, also on failure: nothing
-/// of it is under way any more then, unless the session is over.
+/// Writes `data` to the open file, as [`write_chunk`] does.
 pub fn write_all_at(engine: &Engine, handle: &[u8], data: &[u8], offset: u64) -> Result<()> {
+    let data = Chunk {
+        range: 0..data.len(),
+        bytes: Arc::new(data.to_vec()),
+    };
+    write_chunk(engine, handle, &data, offset)
+}
+
+/// Writes a chunk of any length. Returns when every part of it is answered, also on failure:
+/// nothing of it is under way any more then, unless the session is over.
+pub fn write_chunk(engine: &Engine, handle: &[u8], data: &Chunk, offset: u64) -> Result<()> {
     let (to, completions) = mpsc::channel();
-    let bytes = Arc::new(data.to_vec());
     let mut in_flight = 0;
     let mut failure = None;
-    for piece in pieces(data.len(), engine.write_chunk()) {
-        let chunk = Chunk {
-            bytes: bytes.clone(),
-            range: piece.start..piece.start + piece.len,
-        };
-        let submitted = place(offset, piece.start)
-            .and_then(|at| engine.submit_write(handle, at, chunk, 0, &to));
+    for piece in pieces(data.range.len(), engine.write_chunk()) {
+        let part = data.part(piece.start, piece.start + piece.len);
+        let submitted =
+            place(offset, piece.start).and_then(|at| engine.submit_write(handle, at, part, 0, &to));
         if let Err(error) = submitted {
             failure = Some(error);
             break;

@@ -15,9 +15,9 @@ use tracing::level_filters::LevelFilter;
 
 use super::VERB;
 use super::wire::{Order, Place, Plan, Report, Status, receive, send, send_key};
-use crate::error::{Attempt, Error, Kind, Result};
+use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::host::spawn::{self, Fate};
-use crate::progress::{Event, Monitor, Progress};
+use crate::progress::{Event, Monitor};
 use crate::secret::Secret;
 
 /// How often a wait looks at whether it should stop.
@@ -40,6 +40,7 @@ pub struct Session {
     child: Child,
     reports: Receiver<Report>,
     status: Arc<Mutex<Status>>,
+    full: Arc<Mutex<Full>>,
     mounted_at: PathBuf,
     signals: Arc<AtomicUsize>,
     monitor: Arc<dyn Monitor>,
@@ -94,8 +95,10 @@ impl Session {
         let status = Arc::new(Mutex::new(Status::default()));
         let (sender, reports) = channel();
         let from = ours.try_clone().attempt(|| "share the socket")?;
+        let full = Arc::new(Mutex::new(Full::default()));
         let listener = Listener {
             status: status.clone(),
+            full: full.clone(),
             sender,
             monitor: monitor.clone(),
         };
@@ -108,6 +111,7 @@ impl Session {
             child,
             reports,
             status,
+            full,
             mounted_at: PathBuf::new(),
             signals,
             monitor,
@@ -145,6 +149,20 @@ impl Session {
     /// The latest figures.
     pub fn status(&self) -> Status {
         *self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets `stop` when the server has no room left but what an orderly end needs; also if that was
+    /// so before.
+    pub fn stop_when_full(&self, stop: Arc<AtomicBool>) {
+        let mut full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        stop.fetch_or(full.told.is_some(), Ordering::Relaxed);
+        full.stop = Some(stop);
+    }
+
+    /// What the server said of its room, if that is short.
+    pub fn full(&self) -> Option<Error> {
+        let full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        full.told.clone().map(Error::from)
     }
 
     /// Leaves the session running by itself.
@@ -240,9 +258,17 @@ impl Drop for Session {
     }
 }
 
+/// What is known of room on the server, and who is to stop when there is none.
+#[derive(Default)]
+struct Full {
+    told: Option<Told>,
+    stop: Option<Arc<AtomicBool>>,
+}
+
 /// Receives all reports; keeps figures, passes on what is for the user, queues the rest.
 struct Listener {
     status: Arc<Mutex<Status>>,
+    full: Arc<Mutex<Full>>,
     sender: Sender<Report>,
     monitor: Arc<dyn Monitor>,
 }
@@ -265,12 +291,18 @@ impl Listener {
             match report {
                 Report::Status(status) => {
                     *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
-                    let progress = Progress {
-                        owed: Some(status.owed),
-                        sent: Some(status.sent),
-                        ..Progress::default()
-                    };
+                    let progress = status.progress();
                     report_event(Event::Progress(progress));
+                }
+                Report::Full(told) => {
+                    let mut full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+                    match &full.stop {
+                        Some(stop) => stop.store(true, Ordering::Relaxed),
+                        None => report_event(Event::Warning(
+                            Error::from(told.clone()).chain().join(": "),
+                        )),
+                    }
+                    full.told = Some(told);
                 }
                 Report::Note(text) => report_event(Event::Note(text)),
                 Report::Warning(text) => report_event(Event::Warning(text)),

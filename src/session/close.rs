@@ -16,7 +16,7 @@ use super::wire::{Order, Report, Status, receive, send};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::export;
 use crate::host::{View, holders, mount, mount_table};
-use crate::progress::{Event, Monitor, Progress};
+use crate::progress::{Event, Monitor};
 
 /// A session that gets no further for so long is reported, or ended when that was asked for.
 const PATIENCE: Duration = Duration::from_secs(10); // several round trips of any link
@@ -127,13 +127,10 @@ impl Closing<'_> {
                         since = Instant::now();
                     }
                     self.last = Some(status);
-                    self.monitor.report(Event::Progress(Progress {
-                        owed: Some(status.owed),
-                        sent: Some(status.sent),
-                        ..Progress::default()
-                    }));
+                    self.monitor.report(Event::Progress(status.progress()));
                 }
                 Some(Report::Warning(text)) => self.monitor.report(Event::Warning(text)),
+                Some(Report::Note(text)) => self.monitor.report(Event::Note(text)),
                 Some(_) => {}
                 None => {
                     let why = format!("the session that serves {} broke off", self.at.display());

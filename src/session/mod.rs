@@ -19,16 +19,19 @@
 
 mod client;
 mod close;
+mod keeping;
 mod mounts;
 mod server;
 mod stage;
-mod wire;
+mod telling;
+#[doc(hidden)] // for `fuzz/`
+pub mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
 pub use close::{Closed, close_mount};
 pub use mounts::enter_private;
 pub use server::serve;
-pub use wire::{Place, Plan, Status};
+pub use wire::{LinkDown, Place, Plan, Status};
 
 /// The hidden verb that the session process is started with.
 pub const VERB: &str = "session-process";

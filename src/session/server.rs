@@ -1,8 +1,8 @@
 //! The session process: sets up, serves, tears down.
 //!
-//! Three threads beside those of the layers: one reads the command's orders, one tells figures to
-//! whoever listens and renews the lease, one waits for the filesystem to be unmounted by others.
-//! All of them turn what happens into [`Happening`]s; the main thread alone acts on them.
+//! Threads beside those of the layers: one reads the command's orders, one tells figures to whoever
+//! listens, one renews the lease, one waits for the filesystem to be unmounted by others. All of
+//! them turn what happens into [`Happening`]s; the main thread alone acts on them.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error, warn};
 
+use super::keeping::Keeping;
 use super::mounts;
 use super::stage::{Stage, Unmounting};
+use super::telling::Telling;
 use super::wire::{Order, Place, Plan, Report, Status, receive, receive_key, send};
 use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::image::{self, Opened, Sealed};
@@ -25,17 +27,14 @@ use crate::location::Location;
 use crate::remote::lease::Lease;
 use crate::remote::{Access, Store};
 use crate::secret::Secret;
+use crate::units::show_duration;
 
-/// How often figures are told.
-const STATUS_EVERY: Duration = Duration::from_millis(250);
 /// How often somebody else's lease is looked at again while waiting.
 const LEASE_POLL: Duration = Duration::from_secs(5);
 /// How long a lease is waited for in any case: the session that a plain umount(8) has just ended
 /// needs a moment to release it.
 const LEASE_PATIENCE: Duration = Duration::from_secs(3);
 const LEASE_PATIENCE_POLL: Duration = Duration::from_millis(200);
-/// How often our own lease is renewed.
-const LEASE_RENEWAL: Duration = Duration::from_secs(60);
 /// A listener that does not take a report within this is dropped.
 const LISTENER_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -159,7 +158,8 @@ impl Server {
         }
         let opened = self.unlock(sealed)?;
         let stage = Stage::build(&self.plan, opened)?;
-        let ticking = Ticking::start(&store, &stage, lease.clone(), &self.listeners, &self.sender)?;
+        let telling = Telling::start(&store, &stage, &self.listeners)?;
+        let keeping = Keeping::start(&store, &stage, lease.clone(), &self.listeners, &self.sender)?;
         let served = self.serve(&stage, &location);
         let torn_down = match &served {
             Ok(unmounting) => stage.tear_down(*unmounting),
@@ -169,18 +169,38 @@ impl Server {
             }
             Err(_) => stage.tear_down(Unmounting::Forced),
         };
-        ticking.stop();
+        let settled = match (&served, &torn_down) {
+            (Ok(_), Ok(())) => self.settle(&*store),
+            _ => Ok(()),
+        };
+        keeping.stop();
+        telling.stop();
         let released = lease
             .and_then(Arc::into_inner)
             .map_or(Ok(()), Lease::release);
         served?;
         torn_down?;
+        settled?;
         released.attempt(|| "release the lease")?;
         let traffic = store.traffic();
         Ok(Status {
-            owed: 0,
             sent: traffic.sent,
             received: traffic.received,
+            ..Status::default()
+        })
+    }
+
+    /// Keeps the lease until nothing that a broken connection had sent can land any more.
+    fn settle(&self, store: &dyn Store) -> Result<()> {
+        let told = AtomicBool::new(false);
+        store.settle(&|left| {
+            if !told.swap(true, Ordering::Relaxed) {
+                let text = format!(
+                    "waiting {}: what a broken connection had sent may still reach the server",
+                    show_duration(left)
+                );
+                self.listeners.tell(&Report::Note(text));
+            }
         })
     }
 
@@ -312,6 +332,7 @@ impl Server {
         start_thread("session-control", move || {
             answer_control(&listener, &sender)
         })
+        .map(drop)
     }
 
     /// Becomes a daemon: no terminal, its own log, its own signals.
@@ -327,11 +348,12 @@ fn interrupted() -> Error {
     Error::new(Kind::Interrupted, "interrupted by a signal")
 }
 
-fn start_thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+pub(super) fn start_thread(
+    name: &str,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<thread::JoinHandle<()>> {
     let started = thread::Builder::new().name(name.into()).spawn(body);
-    started
-        .map(drop)
-        .attempt(|| format!("start the thread {name}"))
+    started.attempt(|| format!("start the thread {name}"))
 }
 
 /// Keeps keys out of core dumps, and memory reclaim from waiting for our own writes.
@@ -354,6 +376,7 @@ fn start_signals(sender: Sender<Happening>) -> Result<()> {
             }
         }
     })
+    .map(drop)
 }
 
 /// Standard input, output and error go away from the terminal, so that it can be closed.
@@ -420,7 +443,7 @@ impl Orders {
 
 /// Everybody who wants to hear reports.
 #[derive(Default)]
-struct Listeners(Mutex<Vec<UnixStream>>);
+pub(super) struct Listeners(Mutex<Vec<UnixStream>>);
 
 impl Listeners {
     fn add(&self, stream: UnixStream) {
@@ -432,72 +455,9 @@ impl Listeners {
     }
 
     /// Says whether anybody heard it.
-    fn tell(&self, report: &Report) -> bool {
+    pub fn tell(&self, report: &Report) -> bool {
         let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain_mut(|stream| send(stream, report).is_ok());
         !listeners.is_empty()
-    }
-}
-
-/// Tells figures and renews the lease until stopped.
-struct Ticking {
-    stop: Arc<AtomicBool>,
-    thread: thread::JoinHandle<()>,
-}
-
-impl Ticking {
-    fn start(
-        store: &Arc<dyn Store>,
-        stage: &Stage,
-        lease: Option<Arc<Lease>>,
-        listeners: &Arc<Listeners>,
-        sender: &Sender<Happening>,
-    ) -> Result<Ticking> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, store, owed) = (stop.clone(), store.clone(), stage.owed());
-        let (listeners, sender) = (listeners.clone(), sender.clone());
-        let tick = move || {
-            let mut told = None;
-            let mut renewed = Instant::now();
-            while !stopped.load(Ordering::Relaxed) {
-                thread::sleep(STATUS_EVERY);
-                let traffic = store.traffic();
-                let status = Status {
-                    owed: owed(),
-                    sent: traffic.sent,
-                    received: traffic.received,
-                };
-                if told != Some(status) {
-                    listeners.tell(&Report::Status(status));
-                    told = Some(status);
-                }
-                let Some(lease) = lease
-                    .as_ref()
-                    .filter(|_| renewed.elapsed() >= LEASE_RENEWAL)
-                else {
-                    continue;
-                };
-                renewed = Instant::now();
-                match lease.renew() {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == Kind::InUse => {
-                        let _ = sender.send(Happening::LeaseLost(error));
-                    }
-                    Err(error) => warn!("cannot renew the lease: {}", error.report()),
-                }
-            }
-        };
-        let thread = thread::Builder::new()
-            .name("session-status".into())
-            .spawn(tick);
-        let thread = thread.attempt(|| "start the thread session-status")?;
-        Ok(Ticking { stop, thread })
-    }
-
-    fn stop(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if self.thread.join().is_err() {
-            error!("the thread session-status panicked");
-        }
     }
 }

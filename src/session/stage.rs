@@ -161,6 +161,11 @@ impl Stage {
         self.below.volume.owed_later()
     }
 
+    /// Fits the cache to a link with this round trip and these bytes per second.
+    pub fn tune(&self) -> impl Fn(Duration, u64) + Send + use<> {
+        self.below.volume.tune_later()
+    }
+
     /// Tells when somebody else has unmounted the filesystem.
     pub fn watch(&self, sender: Sender<Happening>) -> Result<()> {
         let export = Arc::downgrade(&self.below.export);

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::host::Private;
 use crate::image::LinkSettings;
+use crate::progress::{LinkState, Progress};
 use crate::secret::Secret;
 
 /// No message of ours comes near it; a key file may be as large as cryptsetup takes, 8 MiB.
@@ -67,6 +68,8 @@ pub enum Report {
     /// Mounted here.
     Ready(PathBuf),
     Status(Status),
+    /// The server has no room left but what an orderly end needs.
+    Full(Told),
     Done(Status),
     Failed(Told),
 }
@@ -78,6 +81,35 @@ pub struct Status {
     pub owed: u64,
     pub sent: u64,
     pub received: u64,
+    /// It is being dialled again.
+    pub link_down: Option<LinkDown>,
+}
+
+impl Status {
+    /// As far as it is worth showing while a job runs.
+    pub fn progress(&self) -> Progress {
+        let link = match self.link_down {
+            None => LinkState::Up,
+            Some(down) => LinkState::Down {
+                seconds: down.seconds,
+                attempts: down.attempts,
+            },
+        };
+        Progress {
+            owed: Some(self.owed),
+            sent: Some(self.sent),
+            link: Some(link),
+            ..Progress::default()
+        }
+    }
+}
+
+/// A link that is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkDown {
+    pub seconds: u64,
+    /// Dials that have failed since.
+    pub attempts: u32,
 }
 
 /// Sends one message.

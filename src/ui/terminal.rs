@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::output::{say, tell};
-use crate::progress::{Event, Monitor, Progress};
+use crate::progress::{Event, LinkState, Monitor, Progress};
 use crate::units::{Bytes, show_duration};
 
 /// A job that is over sooner shows no bar.
@@ -134,11 +134,19 @@ impl Terminal {
                         "seconds_elapsed": state.began.elapsed().as_secs(),
                         "files_done": p.files, "total_files": p.files_total, "bytes_done": p.bytes,
                         "bytes_owed": p.owed, "bytes_sent": p.sent,
+                        "link_down_seconds": link_down(p.link),
                     })
                 );
             }
             Style::Lines | Style::Json | Style::Quiet => {}
         }
+    }
+}
+
+fn link_down(link: Option<LinkState>) -> Option<u64> {
+    match link {
+        Some(LinkState::Down { seconds, .. }) => Some(seconds),
+        Some(LinkState::Up) | None => None,
     }
 }
 
@@ -150,6 +158,7 @@ fn merged(old: Progress, new: Progress) -> Progress {
         bytes: new.bytes.or(old.bytes),
         owed: new.owed.or(old.owed),
         sent: new.sent.or(old.sent),
+        link: new.link.or(old.link),
     }
 }
 
@@ -172,6 +181,10 @@ fn sentence(state: &State) -> String {
     }
     if let Some(owed) = p.owed.filter(|owed| *owed > 0) {
         parts.push(format!("{} still to send", Bytes(owed)));
+    }
+    if let Some(LinkState::Down { seconds, attempts }) = p.link {
+        let shown = show_duration(Duration::from_secs(seconds));
+        parts.push(format!("link down for {shown}, attempt {}", attempts + 1));
     }
     parts.join(", ")
 }
@@ -205,6 +218,11 @@ mod tests {
         assert_eq!(sentence(&state), "copy 0.0 s, 3/9 files, 2.0 MiB sent");
         state.progress.owed = Some(1 << 30);
         assert!(sentence(&state).ends_with(", 1.0 GiB still to send"));
+        state.progress.link = Some(LinkState::Down {
+            seconds: 12,
+            attempts: 2,
+        });
+        assert!(sentence(&state).ends_with(", link down for 12 s, attempt 3"));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use std::fmt;
 use aes::cipher::InOutBuf;
 use aes::{Aes128, Aes256};
 
+use crate::secret::{Guarded, with_clean_stack};
 use parallel::{Run, processors, split};
 
 /// How many bytes are encrypted under one tweak: 512, 1024, 2048 or 4096.
@@ -90,14 +91,15 @@ impl std::error::Error for NotWholeSectors {}
 /// All methods take runs of whole sectors; the tweak given is that of the first one.
 pub struct Key(Cipher);
 
-/// Boxed, so that moving a [`Key`] leaves no copy of the round keys behind.
+/// In pages of their own, locked and kept out of core dumps; and so moving a [`Key`] leaves no copy
+/// of the round keys behind.
 enum Cipher {
-    Aes128(Box<portable::Pair<Aes128>>),
-    Aes256(Box<portable::Pair<Aes256>>),
+    Aes128(Guarded<portable::Pair<Aes128>>),
+    Aes256(Guarded<portable::Pair<Aes256>>),
     #[cfg(target_arch = "x86_64")]
-    Aes128X86(Box<x86::Pair<11>>),
+    Aes128X86(Guarded<x86::Pair<11>>),
     #[cfg(target_arch = "x86_64")]
-    Aes256X86(Box<x86::Pair<15>>),
+    Aes256X86(Guarded<x86::Pair<15>>),
 }
 
 impl Key {
@@ -112,22 +114,26 @@ impl Key {
     }
 
     fn portable(key: &[u8]) -> Option<Key> {
-        let cipher = match key.len() {
-            32 => Cipher::Aes128(Box::new(portable::Pair::new(key)?)),
-            64 => Cipher::Aes256(Box::new(portable::Pair::new(key)?)),
-            _ => return None,
-        };
-        Some(Key(cipher))
+        let cipher = with_clean_stack(|| {
+            Some(match key.len() {
+                32 => Cipher::Aes128(Guarded::new(portable::Pair::new(key)?)),
+                64 => Cipher::Aes256(Guarded::new(portable::Pair::new(key)?)),
+                _ => return None,
+            })
+        });
+        cipher.map(Key)
     }
 
     #[cfg(target_arch = "x86_64")]
     fn for_engine(engine: x86::Engine, key: &[u8]) -> Option<Key> {
-        let cipher = match key.len() {
-            32 => Cipher::Aes128X86(x86::Pair::new(engine, key)?),
-            64 => Cipher::Aes256X86(x86::Pair::new(engine, key)?),
-            _ => return None,
-        };
-        Some(Key(cipher))
+        let cipher = with_clean_stack(|| {
+            Some(match key.len() {
+                32 => Cipher::Aes128X86(x86::Pair::new(engine, key)?),
+                64 => Cipher::Aes256X86(x86::Pair::new(engine, key)?),
+                _ => return None,
+            })
+        });
+        cipher.map(Key)
     }
 
     /// The same key for every implementation that this processor can run; the last is the one that

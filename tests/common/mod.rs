@@ -6,6 +6,7 @@
 
 mod place;
 mod program;
+mod proxy;
 mod same;
 mod sandbox;
 mod sshd;
@@ -13,8 +14,9 @@ mod tree;
 
 pub use place::Place;
 pub use program::{PASSPHRASE, Program, Ran, Running};
+pub use proxy::{Proxy, Shape};
 pub use same::{assert_same_tree, differences};
-pub use sandbox::{Sandbox, kill};
+pub use sandbox::{Sandbox, kill, with_descendants};
 pub use sshd::Sshd;
 pub use tree::{large_file, listening_socket, odd_tree, plain_tree};
 

@@ -18,12 +18,14 @@ use e2ebak::remote::engine::{Bounds, Engine};
 use e2ebak::remote::sftp_store::SftpStore;
 use e2ebak::remote::{Access, Store, connect};
 
-use crate::rig::{Rig, Sshd, engine, free_port, need, pattern, server_dial, sftp_server, skip};
+use crate::rig::{
+    Rig, Sshd, engine, free_port, need, pattern, server_dial, sftp_server, skip, unforgiving,
+};
 
 const MIB: u64 = 1 << 20;
 
 /// Our children by what their command line contains.
-fn children(mark: &str) -> Vec<i32> {
+pub fn children(mark: &str) -> Vec<i32> {
     let me = std::process::id().to_string();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("read").flatten() {
@@ -44,7 +46,7 @@ fn children(mark: &str) -> Vec<i32> {
     found
 }
 
-fn kill(pid: i32, signal: rustix::process::Signal) {
+pub fn kill(pid: i32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
     rustix::process::kill_process(pid, signal).expect("sent");
 }
@@ -53,7 +55,10 @@ fn kill(pid: i32, signal: rustix::process::Signal) {
 fn a_server_that_dies_fails_all_callers_at_once() {
     let Some(rig) = Rig::pipes() else { return };
     let mark = rig.dir.path().display().to_string();
-    let device = rig.store().create(64 * MIB).expect("creates");
+    let device = rig
+        .store_with(unforgiving())
+        .create(64 * MIB)
+        .expect("creates");
     let [pid] = children(&mark)[..] else {
         panic!("one server")
     };
@@ -96,10 +101,11 @@ fn a_frozen_server_is_given_up_after_the_bound() {
     let mark = rig.dir.path().display().to_string();
     let bounds = Bounds {
         silence: Duration::from_millis(500),
-        ..Bounds::default()
+        ..unforgiving()
     };
     let dial = rig.dial.as_ref().expect("remote");
-    let store = SftpStore::connect(&**dial, &rig.remote_path(), "a", bounds).expect("connects");
+    let store =
+        SftpStore::connect(dial.clone(), &rig.remote_path(), "a", bounds).expect("connects");
     let device = store.create(MIB).expect("creates");
     let [pid] = children(&mark)[..] else {
         panic!("one server")
@@ -214,7 +220,8 @@ fn a_full_server_says_no_space() {
         return;
     };
     let path = RemotePath::new("a.img").expect("a path");
-    let store = SftpStore::connect(&dial, &path, "nas:a.img", Bounds::default()).expect("connects");
+    let store = SftpStore::connect(Arc::new(dial), &path, "nas:a.img", Bounds::default())
+        .expect("connects");
     let device = store.create(64 * MIB).expect("sparse, so it fits");
     device
         .write_all_at(&pattern(MIB as usize, 1), 0)
@@ -244,9 +251,9 @@ fn a_full_server_says_no_space() {
     );
 }
 
-fn connect_error(dial: &dyn Dial) -> Error {
+pub fn connect_error(dial: &(impl Dial + Clone + 'static)) -> Error {
     let path = RemotePath::new("a").expect("a path");
-    let connected = SftpStore::connect(dial, &path, "nas:a", Bounds::default());
+    let connected = SftpStore::connect(Arc::new(dial.clone()), &path, "nas:a", Bounds::default());
     connected.map(drop).expect_err("must not connect")
 }
 
@@ -417,10 +424,10 @@ fn a_login_that_prints_text_is_named() {
 }
 
 /// Processes that are continued, stopped or not, when this is dropped.
-struct Frozen(Vec<i32>);
+pub struct Frozen(Vec<i32>);
 
 impl Frozen {
-    fn new(pids: Vec<i32>) -> Self {
+    pub fn new(pids: Vec<i32>) -> Self {
         for pid in &pids {
             kill(*pid, rustix::process::Signal::STOP);
         }
@@ -446,7 +453,8 @@ fn a_frozen_connection_is_noticed_by_ssh() {
     let path = dir.path().join("a").display().to_string();
     let path = RemotePath::new(path).expect("a path");
     let dial = SshDial::new(sshd.server(), options);
-    let store = SftpStore::connect(&dial, &path, "nas:a", Bounds::default()).expect("connects");
+    let store =
+        SftpStore::connect(Arc::new(dial), &path, "nas:a", unforgiving()).expect("connects");
     let device = store.create(MIB).expect("creates");
     let _frozen = Frozen::new(sshd.sessions());
     let begun = Instant::now();
@@ -541,7 +549,10 @@ fn is_running(pid: i32) -> bool {
 #[test]
 fn a_connection_that_is_cut_fails_within_a_second() {
     let Some(rig) = Rig::sshd() else { return };
-    let device = rig.store().create(16 * MIB).expect("creates");
+    let device = rig
+        .store_with(unforgiving())
+        .create(16 * MIB)
+        .expect("creates");
     let [ssh] = children("-s -- 127.0.0.1")[..] else {
         panic!("one ssh")
     };
@@ -578,7 +589,7 @@ fn the_users_own_ssh_options_win() {
     let words: Vec<&str> = argv.iter().filter_map(|word| word.to_str()).collect();
     let line = words.join(" ");
     let place = |text: &str| line.find(text).unwrap_or_else(|| panic!("{text}: {line}"));
-    assert!(place("ServerAliveInterval=3") < place("ServerAliveInterval=15"));
+    assert!(place("ServerAliveInterval=3") < place("ServerAliveInterval=10"));
     assert!(line.ends_with("-s -- nas sftp"), "{line}");
     place("-p 2222");
     place("-l ann");
@@ -676,14 +687,23 @@ fn connect_picks_the_store_by_the_location() {
         .to_string()
         .parse()
         .expect("a path");
-    let store = connect(&local, |_| panic!("a path needs no link")).expect("connects");
+    let store = connect(
+        &local,
+        |_| panic!("a path needs no link"),
+        Bounds::default(),
+    )
+    .expect("connects");
     store.create(MIB).expect("creates");
     // Relative to where the session starts.
     let remote: Location = "ann@nas:r.img".parse().expect("a location");
-    let store = connect(&remote, |server_name| {
-        assert_eq!(server_name.host, "nas");
-        Ok(Arc::new(server_dial(&server, dir.path(), &[])))
-    });
+    let store = connect(
+        &remote,
+        |server_name| {
+            assert_eq!(server_name.host, "nas");
+            Ok(Arc::new(server_dial(&server, dir.path(), &[])))
+        },
+        Bounds::default(),
+    );
     store.expect("connects").create(MIB).expect("creates");
     for name in ["l.img", "r.img"] {
         let file = fs::metadata(dir.path().join(name)).expect("there");

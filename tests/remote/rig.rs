@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use e2ebak::link::built_in::{BuiltInDial, BuiltInOptions};
 use e2ebak::link::command::CommandDial;
 use e2ebak::link::ssh::{SshDial, SshOptions};
 use e2ebak::link::{Dial, Occasion};
@@ -51,10 +52,18 @@ pub fn sftp_server() -> Option<PathBuf> {
     )
 }
 
+/// A session that breaks is not replaced: what it fails with is seen.
+pub fn unforgiving() -> Bounds {
+    Bounds {
+        io_deadline: Duration::ZERO,
+        ..Bounds::default()
+    }
+}
+
 /// A directory on some server, with an image at `a.img`.
 pub struct Rig {
     pub dir: TempDir,
-    pub dial: Option<Box<dyn Dial>>,
+    pub dial: Option<Arc<dyn Dial>>,
     _sshd: Option<Sshd>,
 }
 
@@ -73,7 +82,7 @@ impl Rig {
         let dial = server_dial(&sftp_server()?, dir.path(), options);
         Some(Rig {
             dir,
-            dial: Some(Box::new(dial)),
+            dial: Some(Arc::new(dial)),
             _sshd: None,
         })
     }
@@ -92,7 +101,18 @@ impl Rig {
         let dir = tempfile::tempdir().expect("a directory");
         let sshd = Sshd::start()?;
         Some(Rig {
-            dial: Some(Box::new(sshd.dial())),
+            dial: Some(Arc::new(sshd.dial())),
+            dir,
+            _sshd: Some(sshd),
+        })
+    }
+
+    /// The built-in SSH to a sshd on the loopback interface.
+    pub fn built_in() -> Option<Self> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let sshd = Sshd::start()?;
+        Some(Rig {
+            dial: Some(Arc::new(sshd.built_in_dial())),
             dir,
             _sshd: Some(sshd),
         })
@@ -103,10 +123,14 @@ impl Rig {
     }
 
     pub fn store(&self) -> Arc<dyn Store> {
+        self.store_with(Bounds::default())
+    }
+
+    pub fn store_with(&self, bounds: Bounds) -> Arc<dyn Store> {
         match &self.dial {
             None => Arc::new(LocalStore::new(self.image())),
             Some(dial) => Arc::new(
-                SftpStore::connect(&**dial, &self.remote_path(), "nas:a.img", Bounds::default())
+                SftpStore::connect(dial.clone(), &self.remote_path(), "nas:a.img", bounds)
                     .unwrap_or_else(|e| panic!("{}", e.report())),
             ),
         }
@@ -143,8 +167,25 @@ impl Sshd {
         Sshd::start_with(&format!("Subsystem sftp {}", server.display()))
     }
 
+    /// With one more line of configuration.
+    pub fn with(line: &str) -> Option<Self> {
+        let server = sftp_server()?;
+        Sshd::start_with(&format!("Subsystem sftp {}\n{line}", server.display()))
+    }
+
     /// With these lines of configuration about SFTP.
     pub fn start_with(sftp: &str) -> Option<Self> {
+        Sshd::start_as(sftp, None)
+    }
+
+    /// That takes passwords, and only those, by this shadow file.
+    pub fn start_over(shadow: &str) -> Option<Self> {
+        let server = sftp_server()?;
+        let sftp = format!("Subsystem sftp {}", server.display());
+        Sshd::start_as(&sftp, Some(shadow))
+    }
+
+    fn start_as(sftp: &str, shadow: Option<&str>) -> Option<Self> {
         let sshd = need("sshd", &["/usr/sbin/sshd"])?;
         need("ssh", &[])?;
         let keygen = need("ssh-keygen", &[])?;
@@ -168,17 +209,27 @@ impl Sshd {
             let port = free_port();
             let config = format!(
                 "ListenAddress 127.0.0.1\nPort {port}\nHostKey {}\nAuthorizedKeysFile {}\n\
-                 PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n\
+                 PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication {}\n\
                  KbdInteractiveAuthentication no\nPermitRootLogin yes\nMaxStartups 100\n\
                  {sftp}\n",
                 at("host"),
                 at("authorized_keys"),
+                if shadow.is_some() { "yes" } else { "no" },
             );
             fs::write(at("sshd_config"), config).expect("written");
             let host_key = fs::read_to_string(at("host.pub")).expect("read");
             fs::write(at("known_hosts"), format!("[127.0.0.1]:{port} {host_key}"))
                 .expect("written");
-            let mut child = Command::new(&sshd)
+            let mut command = Command::new(&sshd);
+            if let Some(shadow) = shadow {
+                fs::write(at("shadow"), shadow).expect("written");
+                let script = "mount --bind \"$0\" /etc/shadow && exec \"$@\"";
+                command = Command::new("unshare");
+                command
+                    .args(["-m", "sh", "-c", script, &at("shadow")])
+                    .arg(&sshd);
+            }
+            let mut child = command
                 .args(["-D", "-f", &at("sshd_config"), "-E", &at("log")])
                 .stdin(Stdio::null())
                 .spawn()
@@ -222,6 +273,24 @@ impl Sshd {
 
     pub fn dial(&self) -> SshDial {
         SshDial::new(self.server(), self.options())
+    }
+
+    pub fn built_in_options(&self) -> BuiltInOptions {
+        BuiltInOptions {
+            identity_file: Some(self.dir.path().join("user")),
+            known_hosts: Some(vec![self.dir.path().join("known_hosts")]),
+            batch: true,
+        }
+    }
+
+    pub fn built_in_dial(&self) -> BuiltInDial {
+        BuiltInDial::new(self.server(), self.built_in_options()).expect("a dial")
+    }
+
+    /// How often somebody has logged in.
+    pub fn logins(&self) -> usize {
+        let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+        log.matches("Accepted ").count()
     }
 }
 

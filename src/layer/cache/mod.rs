@@ -179,6 +179,11 @@ impl Cache {
         self.shared.stats()
     }
 
+    /// Reads ahead by other parameters from now on.
+    pub fn adapt_readahead(&self, parameters: readahead::Parameters) {
+        self.shared.adapt_readahead(parameters);
+    }
+
     /// Flushes, then ends the threads and waits for them. Whatever the result, reads and writes
     /// fail from now on. A second call repeats the flush only.
     pub fn close(&self) -> Result<()> {

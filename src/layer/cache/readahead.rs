@@ -10,6 +10,9 @@
 //!   reader, half as far as the reader has come in sequence but no further than `lead_max`.
 
 use std::ops::Range;
+use std::time::Duration;
+
+use super::BLOCK;
 
 /// What the policy may do, in blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,32 @@ impl Default for Parameters {
         }
     }
 }
+
+impl Parameters {
+    /// For a link with this round trip and these bytes per second (0: not known).
+    ///
+    /// A fetch is longest where its transfer takes as long as a round trip. A stream is led by two
+    /// round trips' worth, so that it never runs dry while the next replies are on their way.
+    pub fn for_link(round_trip: Duration, bytes_per_second: u64) -> Parameters {
+        let usual = Parameters::default();
+        if bytes_per_second == 0 {
+            return usual;
+        }
+        let a_round_trip = (bytes_per_second as f64 * round_trip.as_secs_f64()) as u64;
+        let blocks = a_round_trip / BLOCK as u64;
+        Parameters {
+            window_max: blocks
+                .next_power_of_two()
+                .clamp(4 * usual.window_min, usual.window_max),
+            lead_max: (2 * blocks).clamp(LEAD_LEAST, LEAD_MOST),
+            ..usual
+        }
+    }
+}
+
+/// Bounds of how far a stream is led, in blocks: 4 and 32 MiB, a quarter of the usual cache.
+const LEAD_LEAST: u64 = 1024;
+const LEAD_MOST: u64 = 8192;
 
 /// Reads that overtake each other by this many times their length are still in sequence: several
 /// threads serve one reader.
@@ -72,6 +101,11 @@ impl Readahead {
             parameters,
             trails: Vec::new(),
         }
+    }
+
+    /// Goes on with the trails by other parameters.
+    pub fn adapt(&mut self, parameters: Parameters) {
+        self.parameters = parameters;
     }
 
     /// Forgets all trails.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::frames::{Buffers, Frames};
-use super::readahead::Readahead;
+use super::readahead::{Parameters, Readahead};
 use super::table::{Fetch, FetchId, Flush, Limits, Read, Table, Write};
 use super::{BLOCK, SENDERS_MAX, Settings, Stats, lock};
 use crate::device::Device;
@@ -139,6 +139,10 @@ impl Shared {
             resident_bytes: state.frames.resident(),
             ..state.stats
         }
+    }
+
+    pub fn adapt_readahead(&self, parameters: Parameters) {
+        lock(&self.state).readahead.adapt(parameters);
     }
 
     // ---- reading -------------------------------------------------------------------------------

@@ -1,23 +1,36 @@
-//! Bytes that are wiped when dropped and cannot be printed.
+//! Bytes that are wiped when dropped, kept out of core dumps and swap, and cannot be printed.
+
+mod pages;
 
 use std::fmt;
 use std::io::Read;
 
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
+
+pub(crate) use pages::{Guarded, Pages, Use};
 
 use crate::error::{Error, Kind, Result};
 
 /// A passphrase or key. It has no `Clone`, no useful `Debug` and no `Display`.
-pub struct Secret(Zeroizing<Vec<u8>>);
+pub struct Secret {
+    pages: Pages,
+    /// Bytes of it that count.
+    len: usize,
+}
 
 impl Secret {
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Secret(Zeroizing::new(bytes))
+    /// Takes the bytes over and wipes where they were.
+    pub fn new(mut bytes: Vec<u8>) -> Self {
+        let mut secret = Secret::zeroed(bytes.len());
+        secret.bytes_mut().copy_from_slice(&bytes);
+        bytes.zeroize();
+        secret
     }
 
     /// Zeros to be filled in place.
     pub fn zeroed(len: usize) -> Self {
-        Secret::new(vec![0; len])
+        let pages = Pages::zeroed(len, Use::Key).unwrap_or_else(|_| pages::no_memory());
+        Secret { pages, len }
     }
 
     /// Reads to the end, `max` bytes at most; more is [`Kind::Usage`].
@@ -43,36 +56,36 @@ impl Secret {
                 format!("it is longer than {max} bytes"),
             ));
         }
-        secret.0.truncate(len);
+        secret.len = len;
         Ok(secret)
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.pages.bytes()[..self.len]
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.0
+        &mut self.pages.bytes_mut()[..self.len]
     }
 
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.len
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.len == 0
     }
 
     /// Takes one newline off the end, as editors and `echo` put it there.
     pub fn strip_newline(&mut self) {
-        if self.0.last() == Some(&b'\n') {
-            self.0.pop();
+        if self.bytes().last() == Some(&b'\n') {
+            self.len -= 1;
         }
     }
 
     /// Compares in a time that depends on the lengths only.
     pub fn same_as(&self, other: &[u8]) -> bool {
-        same_bytes(&self.0, other)
+        same_bytes(self.bytes(), other)
     }
 }
 
@@ -97,6 +110,20 @@ impl fmt::Debug for Secret {
 /// Wipes a buffer that held a secret on its way in.
 pub fn wipe(buf: &mut [u8]) {
     buf.zeroize();
+}
+
+/// Runs `work` and wipes what it and what it called left on the stack, as far as that is deep:
+/// round keys and hash states pass through there on their way.
+pub(crate) fn with_clean_stack<T>(work: impl FnOnce() -> T) -> T {
+    const DEPTH: usize = 16 << 10;
+    /// A frame of its own, which lies where the one of `zeroize_stack` will.
+    #[inline(never)]
+    fn apart<T>(work: impl FnOnce() -> T) -> T {
+        work()
+    }
+    let result = apart(work);
+    zeroize::zeroize_stack::<DEPTH>();
+    result
 }
 
 #[cfg(test)]
