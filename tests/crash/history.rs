@@ -58,6 +58,13 @@ impl History {
                     unanswered.insert(record.tag, blocks.clone());
                     Event::Write(blocks)
                 }
+                Kind::InFile => {
+                    let blocks = history.take_in(&record, &mut latest, &mut blocks_of);
+                    for (_, version) in &blocks {
+                        history.acknowledged[*version as usize] = Some(now);
+                    }
+                    Event::Write(blocks)
+                }
                 Kind::Written => {
                     for (_, version) in unanswered.remove(&record.tag).unwrap_or_default() {
                         history.acknowledged[version as usize] = Some(now);

@@ -6,10 +6,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use ext4_view::{Ext4, PathBuf};
+use ext4_view::{Ext4, Ext4Error, PathBuf};
 
 use super::common::{output, tool};
 use super::history::{BLOCK, History};
+use super::kernel;
 use super::tree::{Tree, in_image};
 
 /// What was found wrong, one sentence each.
@@ -40,10 +41,19 @@ pub struct Judge<'a> {
 }
 
 impl Judge<'_> {
-    pub fn judge(&mut self, image: &BTreeMap<u64, u32>, promised: &[Published<'_>]) -> Verdict {
+    /// If `by_kernel`, the kernel replays the journal of a copy and is asked for the content, too.
+    pub fn judge(
+        &mut self,
+        image: &BTreeMap<u64, u32>,
+        promised: &[Published<'_>],
+        by_kernel: bool,
+    ) -> Verdict {
         let mut verdict = Verdict::default();
         self.open_header(image);
         self.put_together(image);
+        if by_kernel {
+            verdict.lost = kernel::judge(self.scratch, self.source, promised);
+        }
         let replay = run(tool("e2fsck")
             .args(["-fy", "-E", "journal_only"])
             .arg(self.scratch));
@@ -135,13 +145,10 @@ impl Judge<'_> {
     }
 }
 
-fn list(filesystem: &Ext4, path: &str) -> Result<Vec<String>, String> {
-    let path = PathBuf::try_from(path).map_err(|e| e.to_string())?;
-    let entries = filesystem.read_dir(&path).map_err(|e| e.to_string())?;
+fn list(filesystem: &Ext4, path: &str) -> Result<Vec<String>, Ext4Error> {
     let mut names = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(|e| e.to_string())?;
-        names.push(entry.file_name().display().to_string());
+    for entry in filesystem.read_dir(path)? {
+        names.push(entry?.file_name().display().to_string());
     }
     names.retain(|name| name != "." && name != "..");
     Ok(names)

@@ -21,15 +21,18 @@ pub enum Kind {
     /// A flush was sent to the server; `Synced` when it said so.
     Sync,
     Synced,
+    /// The server has taken it up, whoever sent it: it is in the file, flushed or not.
+    InFile,
     /// The test has seen something done; `data` says what.
     Seen,
 }
 
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind::Write,
     Kind::Written,
     Kind::Sync,
     Kind::Synced,
+    Kind::InFile,
     Kind::Seen,
 ];
 

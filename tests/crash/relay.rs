@@ -4,6 +4,11 @@
 //! One flush of DONE is passed on; the others it answers itself and tells the server nothing: a
 //! server that lies, or a client that forgets to ask, which the rig must find out. With 1 it is
 //! honest, with 0 no flush is done.
+//!
+//! Each stream of a job is a relay of its own. What a relay passes on it records before, and what
+//! the server says of it before it passes that on: so in the log of all of them, two writes of which
+//! the program sent one after it knew of the other are in the order in which the server saw them.
+//! A flush covers all of the image, through whichever stream it was asked for.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -111,6 +116,8 @@ impl Relay {
                 state.asked.insert(id, Asked::Sync);
                 self.record(Kind::Sync, id, 0, &[]);
             }
+            // The server gives the number to the next file.
+            Request::Close { handle } => state.handles.retain(|known| known != handle),
             _ => {}
         }
         true

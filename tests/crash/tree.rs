@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use ext4_view::{Ext4, PathBuf};
+use ext4_view::{Ext4, Ext4Error, Metadata, PathBuf};
 use sha2::{Digest, Sha256};
 
 /// Path below the root, and everything that is compared of it.
@@ -41,20 +41,22 @@ fn visit_disk(at: &Path, name: &[u8], tree: &mut Tree) {
 }
 
 /// The tree at `root` in a filesystem, as far as it can be read.
-pub fn in_image(filesystem: &Ext4, root: &str) -> Result<Tree, String> {
+pub fn in_image(filesystem: &Ext4, root: &str) -> Result<Tree, Ext4Error> {
     let mut tree = Tree::new();
-    let root = PathBuf::try_from(root).map_err(|e| e.to_string())?;
-    visit_image(filesystem, &root, b"", &mut tree).map_err(|e| e.to_string())?;
+    let root = PathBuf::try_from(root).expect("an absolute path");
+    let about = filesystem.symlink_metadata(&root)?;
+    visit_image(filesystem, &root, &about, b"", &mut tree)?;
     Ok(tree)
 }
 
+/// A path is looked up once: each look-up sums up every directory on the way.
 fn visit_image(
     filesystem: &Ext4,
     at: &PathBuf,
+    about: &Metadata,
     name: &[u8],
     tree: &mut Tree,
-) -> Result<(), ext4_view::Ext4Error> {
-    let about = filesystem.symlink_metadata(at)?;
+) -> Result<(), Ext4Error> {
     let content = if about.is_dir() {
         describe(b'd', b"")
     } else if about.is_symlink() {
@@ -70,12 +72,8 @@ fn visit_image(
             let file = entry.file_name();
             let bytes: &[u8] = file.as_ref();
             if bytes != b"." && bytes != b".." {
-                visit_image(
-                    filesystem,
-                    &entry.path(),
-                    &[name, b"/", bytes].concat(),
-                    tree,
-                )?;
+                let below = [name, b"/", bytes].concat();
+                visit_image(filesystem, &entry.path(), &entry.metadata()?, &below, tree)?;
             }
         }
     }
