@@ -133,14 +133,15 @@ impl Sshd {
         self.signal_sessions(Signal::KILL);
     }
 
-    /// The same with any signal.
-    pub fn signal_sessions(&self, signal: Signal) {
-        if let Some(child) = &self.child {
-            let family = with_descendants(child.id());
-            for pid in family.into_iter().filter(|pid| *pid != child.id()) {
-                kill(pid, signal);
-            }
-        }
+    /// The same with any signal. Returns to whom.
+    pub fn signal_sessions(&self, signal: Signal) -> Vec<u32> {
+        let Some(pid) = self.child.as_ref().map(Child::id) else {
+            return Vec::new();
+        };
+        let mut family = with_descendants(pid);
+        family.retain(|session| *session != pid);
+        family.iter().for_each(|session| kill(*session, signal));
+        family
     }
 
     /// Listens again on the same port.

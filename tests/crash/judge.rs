@@ -1,17 +1,15 @@
 //! Whether an image that a crash has left is what was promised.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use ext4_view::{Ext4, Ext4Error, PathBuf};
-
 use super::common::{output, tool};
 use super::history::{BLOCK, History};
 use super::kernel;
-use super::tree::{Tree, in_image};
+use super::tree::{Tree, on_disk};
 
 /// What was found wrong, one sentence each.
 #[derive(Default)]
@@ -66,10 +64,7 @@ impl Judge<'_> {
         if let Err(why) = check.accept(&[0]) {
             verdict.torn.push(format!("e2fsck finds errors: {why}"));
         }
-        match Ext4::load_from_path(self.scratch) {
-            Ok(filesystem) => self.snapshots(&filesystem, promised, &mut verdict),
-            Err(error) => verdict.torn.push(format!("no filesystem: {error}")),
-        }
+        self.snapshots(promised, &mut verdict);
         verdict
     }
 
@@ -112,46 +107,48 @@ impl Judge<'_> {
         file.write_all_at(&run, from).expect("written");
     }
 
-    fn snapshots(&self, filesystem: &Ext4, promised: &[Published<'_>], verdict: &mut Verdict) {
-        let names = list(filesystem, "/snapshots").unwrap_or_default();
-        let read = |id: &str| in_image(filesystem, &format!("/snapshots/{id}{}", self.source));
-        for snapshot in promised {
-            let id = snapshot.id;
-            let whole = match read(id) {
-                Ok(tree) if tree == *snapshot.tree => names.contains(&format!("{id}.json")),
-                Ok(_) | Err(_) => false,
-            };
-            if !whole {
-                verdict
-                    .lost
-                    .push(format!("the snapshot {id} is gone or damaged"));
+    fn snapshots(&self, promised: &[Published<'_>], verdict: &mut Verdict) {
+        let copied = self.scratch.with_extension("copied");
+        fs::create_dir(&copied).expect("a directory");
+        let dump = format!("rdump /snapshots /latest {}", copied.display());
+        let dumped = run(tool("debugfs").args(["-R", &dump]).arg(self.scratch));
+        if let Err(why) = dumped.accept(&[0]) {
+            verdict.torn.push(format!("debugfs cannot read it: {why}"));
+        }
+        self.judge_copy(&copied, promised, verdict);
+        fs::remove_dir_all(&copied).expect("removed");
+    }
+
+    fn judge_copy(&self, copied: &Path, promised: &[Published<'_>], verdict: &mut Verdict) {
+        let snapshots = copied.join("snapshots");
+        let has_record = |id: &str| snapshots.join(format!("{id}.json")).is_file();
+        let source = self.source.trim_start_matches('/');
+        let read = |id: &str| {
+            let tree = snapshots.join(id).join(source);
+            tree.is_dir().then(|| on_disk(&tree))
+        };
+        for Published { id, tree } in promised {
+            if !has_record(id) || read(id).as_ref() != Some(*tree) {
+                let why = format!("the snapshot {id} is gone or damaged");
+                verdict.lost.push(why);
             }
         }
-        let is_promised = |id: &str| promised.iter().any(|snapshot| snapshot.id == id);
-        let published = names.iter().filter(|name| !name.contains('.'));
-        for id in published.filter(|id| !is_promised(id)) {
+        let entries = fs::read_dir(&snapshots).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        for id in names.filter(|name| !name.contains('.')) {
+            let is_promised = promised.iter().any(|snapshot| snapshot.id == id);
             // Not yet promised, but there: then all of it.
-            let recorded = names.contains(&format!("{id}.json"));
-            if !recorded || !read(id).is_ok_and(|tree| self.trees.contains(&tree)) {
-                verdict
-                    .torn
-                    .push(format!("the snapshot {id} is published in part"));
+            let whole = || has_record(&id) && read(&id).is_some_and(|t| self.trees.contains(&t));
+            if !is_promised && !whole() {
+                let why = format!("the snapshot {id} is published in part");
+                verdict.torn.push(why);
             }
         }
-        let latest = PathBuf::try_from("/latest").expect("a path");
-        if filesystem.symlink_metadata(&latest).is_ok() && filesystem.metadata(&latest).is_err() {
+        let latest = copied.join("latest");
+        if fs::symlink_metadata(&latest).is_ok() && fs::metadata(&latest).is_err() {
             verdict.torn.push("`latest` leads nowhere".into());
         }
     }
-}
-
-fn list(filesystem: &Ext4, path: &str) -> Result<Vec<String>, Ext4Error> {
-    let mut names = Vec::new();
-    for entry in filesystem.read_dir(path)? {
-        names.push(entry?.file_name().display().to_string());
-    }
-    names.retain(|name| name != "." && name != "..");
-    Ok(names)
 }
 
 struct Ran {
