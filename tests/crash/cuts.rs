@@ -15,7 +15,7 @@ use super::random::Random;
 /// Blocks among which the moment lies that parts what is kept from what is lost.
 const RECENT: usize = 400;
 /// One cut of so many is mounted by the kernel, too.
-const KERNEL_EVERY: usize = 4;
+const KERNEL_EVERY: usize = 50;
 /// Failures shown in full.
 const SHOWN: usize = 5;
 

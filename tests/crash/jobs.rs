@@ -16,14 +16,16 @@ use super::common::{
 };
 use super::history::{BLOCK, History};
 use super::log::{self, Kind, Log};
+use super::random::Random;
 use super::tree::{Tree, on_disk};
 
 /// The least that holds the journal and what is backed up below.
 const SIZE: &str = "256M";
 const MIB: u64 = 1 << 20;
-/// What an interrupted run copies, and how much of it has arrived when it is interrupted.
+/// What an interrupted run copies, and of how much of it something has arrived when it is
+/// interrupted.
 const INTERRUPTED_FILES: u64 = 6;
-const INTERRUPTED_AT: u64 = 4 * MIB;
+const INTERRUPTED_AT: [u64; 2] = [MIB, 5 * MIB];
 
 pub struct Recording {
     pub history: History,
@@ -37,10 +39,12 @@ struct Recorder<'a> {
     source: PathBuf,
     log: PathBuf,
     trees: Vec<Tree>,
+    random: Random,
 }
 
-/// Runs every job. One flush of `done` is done, as the relay has it.
-pub fn record(sandbox: &Sandbox, done: u32) -> Recording {
+/// Runs every job. One flush of `done` is done, as the relay has it; `seed` decides when a run is
+/// interrupted.
+pub fn record(sandbox: &Sandbox, done: u32, seed: u64) -> Recording {
     let log = sandbox.path("log");
     let stored = sandbox.dir("store").join("a.img");
     let relay = std::env::current_exe().expect("this program");
@@ -64,6 +68,7 @@ pub fn record(sandbox: &Sandbox, done: u32) -> Recording {
         source: sandbox.dir("source"),
         log,
         trees: Vec::new(),
+        random: Random(seed),
     };
     recorder.all();
     let records = log::read(&recorder.log).expect("the log");
@@ -92,13 +97,15 @@ impl Recorder<'_> {
         plain_tree(&source.join("new"), 12);
         self.backup();
 
-        self.more_to_copy("interrupted", 10);
-        self.killed_backup();
-        plain_tree(&source.join("newer"), 8);
-        self.backup();
+        for i in 0..2 {
+            self.more_to_copy(&format!("interrupted {i}"), 10 + 10 * i);
+            self.killed_backup();
+            plain_tree(&source.join("newer"), 8);
+            self.backup();
+        }
         self.delete(&first);
 
-        self.more_to_copy("cut off", 20);
+        self.more_to_copy("cut off", 30);
         self.backup_whose_server_dies();
     }
 
@@ -110,7 +117,11 @@ impl Recorder<'_> {
 
     fn more_to_copy(&self, name: &str, seed: u64) {
         for i in 0..INTERRUPTED_FILES {
-            large_file(&self.source.join(format!("{name} {i}")), MIB, seed + i);
+            let path = self.source.join(format!("{name} {i}"));
+            large_file(&path, MIB, seed + i);
+            // rsync leaves a hole at the end, and sets the size before the kernel has written anything.
+            let file = File::options().write(true).open(path).expect("opened");
+            file.set_len(MIB + i % 2 * 65_536).expect("longer");
         }
     }
 
@@ -132,9 +143,9 @@ impl Recorder<'_> {
     /// Everything is killed at once, the relays and their servers, too.
     fn killed_backup(&mut self) {
         self.trees.push(on_disk(&self.source));
-        let before = stored_bytes(&self.place.stored);
+        let enough = self.enough();
         let backup = self.place.backup(&self.source).spawn();
-        self.wait_until_stored(before + INTERRUPTED_AT);
+        self.wait_until_stored(enough);
         self.place.sandbox.kill_processes();
         drop(backup);
         self.place.sandbox.assert_nothing_left();
@@ -146,9 +157,9 @@ impl Recorder<'_> {
     /// covered.
     fn backup_whose_server_dies(&mut self) {
         self.trees.push(on_disk(&self.source));
-        let before = stored_bytes(&self.place.stored);
+        let enough = self.enough();
         let backup = self.place.backup(&self.source).arg("--json").spawn();
-        self.wait_until_stored(before + INTERRUPTED_AT);
+        self.wait_until_stored(enough);
         self.see("the servers die");
         for (pid, line) in self.place.sandbox.processes() {
             if line.starts_with("/usr/lib/openssh/sftp-server") {
@@ -156,6 +167,12 @@ impl Recorder<'_> {
             }
         }
         self.published(&backup.wait().code(0).stdout);
+    }
+
+    fn enough(&mut self) -> u64 {
+        let [least, most] = INTERRUPTED_AT;
+        let more = self.random.below((most - least) as usize) as u64;
+        stored_bytes(&self.place.stored) + least + more
     }
 
     fn wait_until_stored(&self, bytes: u64) {

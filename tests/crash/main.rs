@@ -23,8 +23,11 @@ use std::process::ExitCode;
 use common::{Sandbox, root_or_skip};
 use cuts::{Found, cut};
 use jobs::record;
+use random::Random;
 
 const CI_CUTS: usize = 2000;
+/// The jobs are recorded anew after so many.
+const CUTS_OF_ONE: usize = 700;
 const CI_SEED: u64 = 1;
 /// Enough to find every lie of [`LIES`], which ends at the first that is found.
 const LIAR_CUTS: usize = 400;
@@ -34,15 +37,19 @@ const LIES: [u32; 2] = [0, 4];
 const TESTS: [(&str, fn()); 3] = [
     ("no_crash_loses_or_tears_a_snapshot", || {
         if root_or_skip() {
-            let found = cut(&record(&Sandbox::new(), 1), CI_CUTS, CI_SEED, false);
+            let found = all(CI_CUTS, CI_SEED, 1);
             assert_eq!((found.lost, found.torn), (0, 0));
         }
     }),
     ("a_swallowed_flush_is_found_out", || {
         if root_or_skip() {
             for lie in LIES {
-                let Found { lost, torn } =
-                    cut(&record(&Sandbox::new(), lie), LIAR_CUTS, CI_SEED, true);
+                let Found { lost, torn } = cut(
+                    &record(&Sandbox::new(), lie, CI_SEED),
+                    LIAR_CUTS,
+                    CI_SEED,
+                    true,
+                );
                 assert!(
                     lost + torn > 0,
                     "one flush of {lie} was done, and nobody noticed"
@@ -92,7 +99,23 @@ fn at_length(arguments: &[String]) -> ExitCode {
     };
     assert!(root_or_skip(), "the jobs need root");
     let done = value("--done").unwrap_or(1) as u32;
-    let found = cut(&record(&Sandbox::new(), done), cuts as usize, seed, false);
+    let found = all(cuts as usize, seed, done);
     println!("cuts: {cuts}, lost: {}, torn: {}", found.lost, found.torn);
     ExitCode::from(u8::from(found.lost + found.torn > 0))
+}
+
+/// So many cuts, of as many recordings as that takes.
+fn all(cuts: usize, seed: u64, done: u32) -> Found {
+    let mut found = Found::default();
+    let mut random = Random(seed);
+    let mut left = cuts;
+    while left > 0 {
+        let seed = random.next();
+        let here = left.min(CUTS_OF_ONE);
+        let more = cut(&record(&Sandbox::new(), done, seed), here, seed, false);
+        found.lost += more.lost;
+        found.torn += more.torn;
+        left -= here;
+    }
+    found
 }

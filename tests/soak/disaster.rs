@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::common::{Place, Program, Running, Sandbox, Sshd, kill, tool};
+use super::common::{Place, Program, Running, Sandbox, Sshd, is_server, kill, tool};
 
 /// What sets the clock.
 pub const FAKETIME: &str = "faketime";
@@ -48,7 +48,7 @@ pub enum Thaw {
 pub const DISASTERS: [Disaster; 16] = [
     Disaster::Killed("e2ebak backup"),
     Disaster::Killed("session-process"),
-    Disaster::Killed("/ssh "),
+    Disaster::Killed("ssh -"),
     Disaster::Killed("rsync"),
     Disaster::Killed("/cat"),
     Disaster::AllKilled,
@@ -107,10 +107,25 @@ impl Disaster {
     }
 
     /// `stop` is how long a stopped client stays so. Says whether there was anything to strike.
-    pub fn strike(self, place: &Place, sshd: &mut Sshd, backup: &Running, stop: Duration) -> bool {
+    pub fn strike(
+        self,
+        place: &Place,
+        sshd: &mut Sshd,
+        backup: &mut Running,
+        stop: Duration,
+    ) -> bool {
         let sandbox = place.sandbox;
         match self {
-            Disaster::Killed(words) => return signal_all(sandbox, words, Signal::KILL) > 0,
+            // As soon as it is there.
+            Disaster::Killed(words) => {
+                while !backup.is_over() {
+                    if signal_all(sandbox, words, Signal::KILL) > 0 {
+                        return true;
+                    }
+                    sleep(Duration::from_millis(5));
+                }
+                return false;
+            }
             Disaster::AllKilled => drop(signal_all(sandbox, "", Signal::KILL)),
             Disaster::Cut => sshd.cut_sessions(),
             Disaster::ServerDown => {
@@ -167,7 +182,7 @@ impl Disaster {
 /// To all of the client whose command line has `words` in it; says to how many.
 fn signal_all(sandbox: &Sandbox, words: &str, signal: Signal) -> usize {
     let mut processes = sandbox.processes();
-    processes.retain(|(_, line)| line.contains(words) && !line.contains("sshd"));
+    processes.retain(|(_, line)| line.contains(words) && !is_server(line));
     processes.iter().for_each(|(pid, _)| kill(*pid, signal));
     processes.len()
 }

@@ -10,8 +10,8 @@ use super::common::{
 };
 use super::disaster::{DISASTERS, Disaster};
 
-/// A backup takes one or two seconds.
-const MOMENTS_MS: u64 = 2000;
+/// A backup takes a second or two; what is killed is waited for.
+const MOMENTS_MS: u64 = 1000;
 /// A run that has not ended so long after its disaster is stuck.
 const END_LIMIT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
@@ -135,7 +135,7 @@ impl Soak {
         let mut backup = disaster.prepare(&place, source).spawn();
         std::thread::sleep(moment);
         let was_over = backup.is_over();
-        let hit = disaster.strike(&place, sshd, &backup, self.stop);
+        let hit = disaster.strike(&place, sshd, &mut backup, self.stop);
         let end = Instant::now() + END_LIMIT;
         // The session of a command that was killed drains by itself.
         let runs = || {
