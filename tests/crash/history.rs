@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use e2ebak::error::Error;
 use e2ebak::luks;
 use e2ebak::secret::Secret;
 use e2ebak::xts::{Key, Tweak};
@@ -78,7 +79,8 @@ impl History {
                     if text == "init" {
                         let read =
                             |block: u64| latest.get(&block).map(|v| &history.versions[*v as usize]);
-                        let (header, unlocked) = unlock(read, passphrase, size);
+                        let (header, unlocked) =
+                            unlock(read, passphrase, size).expect("the image opens");
                         history.volume = header.segment().offset() / BLOCK as u64;
                         key = Some((header, unlocked));
                     }
@@ -142,8 +144,8 @@ pub fn unlock<'a>(
     block: impl Fn(u64) -> Option<&'a Vec<u8>>,
     passphrase: &str,
     size: u64,
-) -> (luks::Header, Key) {
-    let mut read = |offset: u64, into: &mut [u8]| -> e2ebak::error::Result<()> {
+) -> Result<(luks::Header, Key), Error> {
+    let mut read = |offset: u64, into: &mut [u8]| -> Result<(), Error> {
         for (i, byte) in into.iter_mut().enumerate() {
             let at = offset + i as u64;
             let content = block(at / BLOCK as u64);
@@ -151,14 +153,11 @@ pub fn unlock<'a>(
         }
         Ok(())
     };
-    let loaded = luks::load(&mut read, size).expect("a header");
+    let loaded = luks::load(&mut read, size)?;
     let passphrase = Secret::new(passphrase.as_bytes().to_vec());
-    let (_, key) = loaded
-        .header
-        .unlock(&passphrase, &mut read)
-        .expect("the passphrase opens");
+    let (_, key) = loaded.header.unlock(&passphrase, &mut read)?;
     let key = Key::new(key.bytes()).expect("a key for XTS");
-    (loaded.header, key)
+    Ok((loaded.header, key))
 }
 
 /// A walk through the history, from its beginning on.

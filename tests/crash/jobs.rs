@@ -24,8 +24,8 @@ const SIZE: &str = "256M";
 const MIB: u64 = 1 << 20;
 /// What an interrupted run copies, and of how much of it something has arrived when it is
 /// interrupted.
-const INTERRUPTED_FILES: u64 = 6;
-const INTERRUPTED_AT: [u64; 2] = [MIB, 5 * MIB];
+const INTERRUPTED_FILES: u64 = 4;
+const INTERRUPTED_AT: [u64; 2] = [MIB / 2, 3 * MIB];
 
 pub struct Recording {
     pub history: History,

@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
+use e2ebak::error::Error;
+
 use super::common::{output, tool};
 use super::history::{BLOCK, History};
 use super::kernel;
@@ -47,7 +49,9 @@ impl Judge<'_> {
         by_kernel: bool,
     ) -> Verdict {
         let mut verdict = Verdict::default();
-        self.open_header(image);
+        if let Err(why) = self.open_header(image) {
+            verdict.torn.push(format!("LUKS does not open: {why}"));
+        }
         self.put_together(image);
         if by_kernel {
             verdict.lost = kernel::judge(self.scratch, self.source, promised);
@@ -68,8 +72,7 @@ impl Judge<'_> {
         verdict
     }
 
-    /// Panics when it does not open: it is written once, before anything is promised.
-    fn open_header(&mut self, image: &BTreeMap<u64, u32>) {
+    fn open_header(&mut self, image: &BTreeMap<u64, u32>) -> Result<(), Error> {
         let header: BTreeMap<u64, u32> = image
             .range(..self.history.volume)
             .map(|(block, version)| (*block, *version))
@@ -83,9 +86,10 @@ impl Judge<'_> {
                 |block| versions.get(&block),
                 self.passphrase,
                 self.history.size,
-            );
+            )?;
             self.opened = header;
         }
+        Ok(())
     }
 
     fn put_together(&self, image: &BTreeMap<u64, u32>) {
@@ -107,11 +111,26 @@ impl Judge<'_> {
         file.write_all_at(&run, from).expect("written");
     }
 
+    /// Copies what is published out of the volume, and judges that.
     fn snapshots(&self, promised: &[Published<'_>], verdict: &mut Verdict) {
         let copied = self.scratch.with_extension("copied");
-        fs::create_dir(&copied).expect("a directory");
-        let dump = format!("rdump /snapshots /latest {}", copied.display());
-        let dumped = run(tool("debugfs").args(["-R", &dump]).arg(self.scratch));
+        fs::create_dir_all(copied.join("snapshots")).expect("a directory");
+        let debugfs = |orders: &[String]| {
+            let file = self.scratch.with_extension("orders");
+            fs::write(&file, orders.join("\n")).expect("written");
+            run(tool("debugfs").arg("-f").arg(file).arg(self.scratch))
+        };
+        // `/INODE/MODE/UID/GID/NAME/SIZE/`, a line each.
+        let listed = debugfs(&["ls -p /snapshots".into()]).said;
+        let names = listed.lines().filter_map(|line| line.split('/').nth(5));
+        let published = |name: &&str| !name.contains('.') || name.ends_with(".json");
+        let to = copied.display();
+        let mut orders: Vec<String> = names
+            .filter(published)
+            .map(|name| format!("rdump /snapshots/{name} {to}/snapshots"))
+            .collect();
+        orders.push(format!("rdump /latest {to}"));
+        let dumped = debugfs(&orders);
         if let Err(why) = dumped.accept(&[0]) {
             verdict.torn.push(format!("debugfs cannot read it: {why}"));
         }
