@@ -86,7 +86,7 @@ impl Disaster {
             .args(["--ssh-option", "ServerAliveCountMax=1"]);
         match self {
             Disaster::ClientFull => {
-                let script = "mount -t tmpfs -o size=128k none \"$1\"
+                let script = "mount -t tmpfs -o size=128k,mode=700 none \"$1\"
                     mkdir -p /run/e2ebak; mount --bind \"$1\" /run/e2ebak";
                 let disk = sandbox.dir("disk");
                 backup.env("TMPDIR", &disk).after(script, &[&disk])
