@@ -105,6 +105,9 @@ impl Sshd {
              PasswordAuthentication no\nPermitRootLogin prohibit-password\n\
              MaxStartups 100\nSubsystem sftp /usr/lib/openssh/sftp-server\n"
         );
+        // bash as a login shell reads ~/.bashrc for an sshd, unless it is not the first shell. What is
+        // in there is not for tests to wait for, or to kill half way.
+        config.push_str("SetEnv SHLVL=1\n");
         for line in &self.extra {
             config.push_str(line);
             config.push('\n');

@@ -25,9 +25,10 @@ use cuts::{Found, cut};
 use jobs::record;
 use random::Random;
 
-const CI_CUTS: usize = 2000;
+/// What half a minute of two cores is enough for.
+const CI_CUTS: usize = 1000;
 /// The jobs are recorded anew after so many.
-const CUTS_OF_ONE: usize = 700;
+const CUTS_OF_ONE: usize = 500;
 const CI_SEED: u64 = 1;
 /// Enough to find every lie of [`LIES`], which ends at the first that is found.
 const LIAR_CUTS: usize = 400;
