@@ -11,7 +11,7 @@ use super::common::{Place, Program, Running, Sandbox, Sshd, is_server, kill, too
 
 /// What sets the clock.
 pub const FAKETIME: &str = "faketime";
-const FAKETIME_LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+const FAKETIME_LIBRARY: &str = "/usr/$LIB/faketime/libfaketimeMT.so.1";
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Disaster {
