@@ -183,7 +183,15 @@ impl Soak {
         let restore = place.restore(&what, &restored).run();
         let different = match restore.status.success() {
             true => differences(expected, &restored),
-            false => vec![restore.to_string()],
+            false => {
+                let _ = fs::remove_dir_all(&restored);
+                let again = place.restore(&what, &restored).run();
+                let kernel = run(tool("dmesg").arg("--time-format=iso"));
+                let kernel: Vec<&str> = kernel.lines().rev().take(40).collect();
+                vec![format!(
+                    "{restore}\nonce more: {again}\nkernel: {kernel:#?}"
+                )]
+            }
         };
         match different.is_empty() {
             true => Ok(()),
