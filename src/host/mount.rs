@@ -224,7 +224,9 @@ fn check(file: &Path) -> Result<()> {
             warn!("e2fsck repaired the filesystem: {}", output.text());
             Ok(())
         }
-        _ => Err(tool.failed(&output).of_kind(Kind::Corrupt)),
+        _ => Err(tool.failed(&output).of_kind(Kind::Corrupt).hint(
+            "open the image with `cryptsetup open` and run `e2fsck -f` on the mapped device",
+        )),
     }
 }
 

@@ -219,7 +219,15 @@ impl Session {
     /// Unmounts, and returns when every byte is synced on the server and the lease is released.
     pub fn close(mut self) -> Result<Status> {
         self.monitor.report(Event::Phase("unmount"));
-        send(&mut self.to, &Order::Close)?;
+        if let Err(error) = send(&mut self.to, &Order::Close) {
+            // Signals have ended it, or it has ended by itself.
+            return Err(
+                match self.signals.load(Ordering::Relaxed) >= ENOUGH_SIGNALS {
+                    true => Error::new(Kind::Interrupted, "interrupted by a signal"),
+                    false => error,
+                },
+            );
+        }
         let patience = self.signals.load(Ordering::Relaxed).max(1) + 1;
         match self.next_report(patience) {
             Ok(Report::Done(status)) => Ok(status),

@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -77,7 +77,11 @@ struct Late {
 struct Session {
     stream: UnixStream,
     silent: bool,
+    closed: Closed,
 }
+
+/// When the client closed a session, which the server hears later.
+type Closed = Arc<OnceLock<Instant>>;
 
 pub struct World {
     names: BTreeMap<Vec<u8>, u64>,
@@ -230,11 +234,11 @@ impl Model {
     }
 
     /// Takes requests as they come and has them served a round trip later.
-    fn receive(&self, session: u64, mut stream: UnixStream) {
+    fn receive(&self, session: u64, mut stream: UnixStream, closed: Closed) {
         let (to, queue) = mpsc::channel::<(Vec<u8>, Instant)>();
         let model = self.clone();
         let answers = stream.try_clone().expect("cloned");
-        let server = thread::spawn(move || model.serve(session, answers, &queue));
+        let server = thread::spawn(move || model.serve(session, answers, &closed, &queue));
         let mut length = [0; 4];
         while stream.read_exact(&mut length).is_ok() {
             let mut packet = vec![0; u32::from_be_bytes(length) as usize];
@@ -270,15 +274,18 @@ impl Model {
         &self,
         session: u64,
         mut stream: UnixStream,
+        closed: &Closed,
         queue: &mpsc::Receiver<(Vec<u8>, Instant)>,
     ) {
-        let mut late = false;
+        // Since when its writes are those of a session that has ended.
+        let mut late = None;
         for (packet, when) in queue {
             thread::sleep(when.saturating_duration_since(Instant::now()));
             let (id, request) = Request::decode(&packet).expect("a request");
             let mut world = self.world();
-            if late || world.is_silent(session) {
-                world.keep_late(&request);
+            late = late.or(closed.get().copied());
+            if late.is_some() || world.is_silent(session) {
+                world.keep_late(&request, late);
                 continue;
             }
             if !world.sessions.contains_key(&session) {
@@ -293,12 +300,12 @@ impl Model {
                 Act::CrashBefore => world.crash(),
                 Act::CrashQuietly => world.crash_quietly(session),
                 Act::Hold => {
-                    late = true;
-                    world.keep_late(&request);
+                    late = Some(Instant::now());
+                    world.keep_late(&request, late);
                     world.end(session);
                 }
                 Act::Swallow => {
-                    world.keep_late(&request);
+                    world.keep_late(&request, None);
                     world.sessions.get_mut(&session).expect("up").silent = true;
                 }
                 _ => {
@@ -411,6 +418,10 @@ impl World {
                 && *other != session
                 && known.start < range.end
                 && range.start < known.end
+                && self
+                    .sessions
+                    .get(other)
+                    .is_some_and(|s| s.closed.get().is_none())
         };
         if let Some((other, _, known)) = self.under_way.iter().find(overlaps) {
             let text = format!(
@@ -442,7 +453,7 @@ impl World {
         }
     }
 
-    fn keep_late(&mut self, request: &Request<'_>) {
+    fn keep_late(&mut self, request: &Request<'_>, since: Option<Instant>) {
         if let Request::Write {
             handle,
             offset,
@@ -450,7 +461,7 @@ impl World {
         } = request
         {
             self.late.push(Late {
-                since: Instant::now(),
+                since: since.unwrap_or_else(Instant::now),
                 inode: inode_of(handle),
                 offset: *offset,
                 data: data.to_vec(),
@@ -571,10 +582,11 @@ impl World {
     }
 }
 
-struct Ends([UnixStream; 2]);
+struct Ends([UnixStream; 2], Closed);
 
 impl Handle for Ends {
     fn close(&self) {
+        let _ = self.1.set(Instant::now()); // the first time counts
         for end in &self.0 {
             let _ = end.shutdown(Shutdown::Both);
         }
@@ -595,19 +607,22 @@ impl Dial for Model {
         }
         world.counter += 1;
         let session = world.counter;
+        let closed = Closed::default();
+        let told = closed.clone();
         let known = Session {
             stream: theirs.try_clone().expect("cloned"),
             silent: false,
+            closed: closed.clone(),
         };
         world.sessions.insert(session, known);
         drop(world);
         let model = self.clone();
-        thread::spawn(move || model.receive(session, theirs));
+        thread::spawn(move || model.receive(session, theirs, told));
         let clone = || ours.try_clone().expect("cloned");
         Ok(Stream {
             reader: Box::new(clone()),
             writer: Box::new(clone()),
-            handle: Arc::new(Ends([clone(), clone()])),
+            handle: Arc::new(Ends([clone(), clone()], closed)),
         })
     }
 
