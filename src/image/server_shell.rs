@@ -32,7 +32,7 @@ const STAT: &str = r#"sh -c 'IFS= read -r f; echo "e2ebak at $(stat -L -c "%s %b
 /// Punches holes while the lease beside the file holds our nonce: it is looked at before each,
 /// because we may be dead by then and somebody else may be writing.
 const PUNCH: &str = r#"sh -c 'IFS= read -r f; read -r n;
-held() { while IFS= read -r l; do case $l in *"$n"*) return 0;; esac; done < "$f.lease"; return 1; };
+held() { while IFS= read -r x; do case $x in *"$n"*) return 0;; esac; done < "$f.lease"; return 1; };
 if command -v fallocate > /dev/null 2>&1; then :; else echo "e2ebak no fallocate there"; exit 0; fi;
 if held 2> /dev/null; then :; else echo "e2ebak no such image there"; exit 0; fi;
 echo "e2ebak ready";

@@ -311,6 +311,10 @@ impl Store for SftpStore {
 
     fn copy_lean(&self, plan: &lean_copy::Plan<'_>) -> Result<()> {
         self.once_on(|on| lean_copy::by_copy_data(on.files, on.path, plan))
+            .inspect_err(|_| {
+                // On another session, if that one has ended; else the next run does it.
+                let _ = self.on(|on| lean_copy::clean_up(on.files, on.path));
+            })
             .attempt(|| format!("have the server copy {}", self.name))
     }
 
