@@ -8,8 +8,12 @@
 //! Layout: Linux, `Documentation/filesystems/ext4`; checksums are CRC-32C without the final
 //! inversion.
 
+mod files;
+
 use std::fmt;
 use std::ops::Range;
+
+pub use files::{Piece, pieces};
 
 /// Why it cannot be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +86,23 @@ const RUN_MAX: u64 = 1 << 20;
 
 /// Reads the map. `E` is how reading fails.
 pub fn map<E>(read: Read<'_, E>, volume_size: u64) -> Result<Result<Map, Fault>, E> {
+    let (fs, groups) = match descriptors(read, volume_size)? {
+        Ok(both) => both,
+        Err(fault) => return Ok(Err(fault)),
+    };
+    let mut taken: Vec<Range<u64>> = Vec::new();
+    if let Err(fault) = read_bitmaps(&fs, &groups, read, &mut taken)? {
+        return Ok(Err(fault));
+    }
+    let journal = read_journal(&fs, &groups, read)?;
+    Ok(Ok(assemble(&fs, &groups, taken, journal)))
+}
+
+/// The superblock and the descriptors of all groups, proved by their checksums.
+fn descriptors<E>(
+    read: Read<'_, E>,
+    volume_size: u64,
+) -> Result<Result<(Superblock, Vec<Group>), Fault>, E> {
     let mut sb = vec![0; 1024];
     if volume_size < 4096 {
         return Ok(Err(Fault::NotExt4));
@@ -96,16 +117,7 @@ pub fn map<E>(read: Read<'_, E>, volume_size: u64) -> Result<Result<Map, Fault>,
     for (i, part) in table.chunks_mut(RUN_MAX as usize).enumerate() {
         read(at + i as u64 * RUN_MAX, part)?;
     }
-    let groups = match fs.parse_groups(&table) {
-        Ok(groups) => groups,
-        Err(fault) => return Ok(Err(fault)),
-    };
-    let mut taken: Vec<Range<u64>> = Vec::new();
-    if let Err(fault) = read_bitmaps(&fs, &groups, read, &mut taken)? {
-        return Ok(Err(fault));
-    }
-    let journal = read_journal(&fs, &groups, read)?;
-    Ok(Ok(assemble(&fs, &groups, taken, journal)))
+    Ok(fs.parse_groups(&table).map(|groups| (fs, groups)))
 }
 
 /// Bytes of the filesystem that begins with these 2048 bytes, closed or not; `None`: it is no ext4,
