@@ -20,6 +20,11 @@ use crate::progress::{Event, Monitor};
 /// Replaying the journal of ext4 changes no more than twice what it holds, and e2fsck -n nothing.
 const CHANGED_MAX: u64 = 512 << 20;
 
+/// Where ext4's superblock says what must be understood, and which bit of it: there is a journal to
+/// replay (Linux, `Documentation/filesystems/ext4/super.rst`).
+const INCOMPAT: usize = 0x60;
+const RECOVER: u8 = 0x4;
+
 /// As much of what a checker says is kept.
 const LINES_MAX: usize = 40;
 
@@ -48,11 +53,14 @@ pub fn fsck(
     monitor: &dyn Monitor,
 ) -> Result<Fscked> {
     let filesystem = kind_of(&*volume)?;
+    let mut begin = [0; 4096];
+    volume.read_exact_at(&mut begin, 0)?;
+    let needs_replay = begin[1024 + INCOMPAT] & RECOVER != 0;
     let overlay = Arc::new(Overlay::with_limit(volume, CHANGED_MAX));
     let export = Export::mount(overlay.clone(), directory, Options::default())
         .map_err(|e| e.hint("checking the filesystem needs root, or the use of /dev/fuse"))?;
     let checked = match filesystem {
-        "ext4" => ext4(&export.file(), stop, monitor),
+        "ext4" => ext4(&export.file(), needs_replay, stop, monitor),
         "xfs" => other("xfs_repair", &["-n", "-f"], &export.file(), stop, monitor),
         _ => other(
             "btrfs",
@@ -97,17 +105,21 @@ fn kind_of(volume: &dyn Device) -> Result<&'static str> {
 
 type Checked = (&'static str, bool, Vec<String>);
 
-fn ext4(file: &Path, stop: &AtomicBool, monitor: &dyn Monitor) -> Result<Checked> {
-    monitor.report(Event::Phase("replay the journal in memory"));
-    // The first line tells that it has one to replay; without one nothing is done.
-    let replay = Tool::new("e2fsck")
-        .args(["-y", "-E", "journal_only"])
-        .arg(file)
-        .deaf();
-    let output = replay.run_to_any_end()?;
-    let replayed = output.text().contains("recovering journal");
-    if !matches!(output.code(), Some(0 | 1)) {
-        tracing::info!("the journal cannot be replayed: {}", output.text());
+fn ext4(
+    file: &Path,
+    needs_replay: bool,
+    stop: &AtomicBool,
+    monitor: &dyn Monitor,
+) -> Result<Checked> {
+    if needs_replay {
+        monitor.report(Event::Phase("replay the journal in memory"));
+        // With -p, which refuses where -y would repair: what is wrong is to be seen below.
+        let replay = Tool::new("e2fsck").args(["-p", "-E", "journal_only"]);
+        let output = replay.arg(file).deaf().run_to_any_end()?;
+        if !matches!(output.code(), Some(0 | 1)) {
+            let said = output.text() + "\n" + &output.stderr;
+            return Ok(("e2fsck", false, said.lines().map(String::from).collect()));
+        }
     }
     monitor.report(Event::Phase("check the filesystem"));
     let tool = Tool::new("e2fsck")
@@ -116,8 +128,8 @@ fn ext4(file: &Path, stop: &AtomicBool, monitor: &dyn Monitor) -> Result<Checked
         .deaf();
     let (code, said) = follow(&tool, stop, monitor)?;
     match code {
-        Some(0) => Ok(("e2fsck", replayed, Vec::new())),
-        Some(4) | Some(12) => Ok(("e2fsck", replayed, said)),
+        Some(0) => Ok(("e2fsck", needs_replay, Vec::new())),
+        Some(4 | 12) => Ok(("e2fsck", needs_replay, said)),
         _ => Err(broken("e2fsck", code, &said)),
     }
 }

@@ -29,7 +29,7 @@ pub struct Checked {
 }
 
 /// Compares all records with their trees. A tree that was taken without errors has as many names as
-/// its record counts, or more: rsync does not count the directories above its sources.
+/// its record counts.
 ///
 /// # Errors
 /// When the directory of snapshots cannot be read, or a signal comes.
@@ -110,7 +110,7 @@ impl Walk<'_> {
     }
 
     fn count(&mut self, tree: Vec<u8>) -> Result<u64> {
-        let mut count = 1;
+        let mut count = 0;
         let mut left = vec![tree];
         while let Some(directory) = left.pop() {
             if self.stop.load(Ordering::Relaxed) {
