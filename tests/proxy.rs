@@ -187,6 +187,8 @@ fn connections_of_before_can_freeze_alone() {
     let proxy = Proxy::to_port(port, AT_ONCE);
     let mut old = connect(&proxy);
     let mut old_server = taken.recv_timeout(SOON).expect("a connection");
+    // The server may hear of it first.
+    wait_for("the connection", SOON, || proxy.connections() == 1);
     proxy.freeze_connected();
     old.write_all(b"old").expect("goes");
     let mut new = connect(&proxy);

@@ -2,6 +2,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -104,7 +105,8 @@ pub fn run(args: Args) -> Result<Ending> {
         one_file_system: args.one_file_system,
         exclude_caches: args.exclude_caches,
     };
-    let taken = snapshot::take(&Job {
+    let status = session.status_later();
+    let job = Job {
         root: session.mounted_at(),
         sources: &sources,
         filters: &filters,
@@ -112,8 +114,12 @@ pub fn run(args: Args) -> Result<Ending> {
         host: &host::host_name(),
         stop: &stop,
         monitor: &*terminal,
-        link: &|| session.status().progress(),
-    });
+        link: &|| status().progress(),
+    };
+    // The kernel gives a signal to the main thread first, which must not be waiting for the link
+    // then, deep in the filesystem: nobody would hear of the signal.
+    let taken = thread::scope(|scope| scope.spawn(|| snapshot::take(&job)).join());
+    let taken = taken.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     // Why it was stopped, when it was not by a signal.
     let taken = match session.full() {
         Some(full) => taken.map_err(|error| match error.kind() {
@@ -123,7 +129,12 @@ pub fn run(args: Args) -> Result<Ending> {
         None => taken,
     };
     let pruned = match &taken {
-        Ok(_) if !args.keep.is_empty() => prune(&args.keep, session.mounted_at(), &stop, &terminal),
+        Ok(_) if !args.keep.is_empty() => {
+            let (root, keep) = (session.mounted_at(), &args.keep);
+            let prune = || prune(keep, root, &stop, &terminal);
+            let pruned = thread::scope(|scope| scope.spawn(prune).join());
+            pruned.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        }
         _ => Ok(Deleted::default()),
     };
     let closed = session.close();

@@ -29,7 +29,8 @@ use crate::units::{Bytes, MIB, parse_duration, show_duration};
 /// Both images are held by leases meanwhile: while somebody writes LOCATION, the copy waits for --wait,
 /// and then fails. While an older copy is brought up to date it is TO.part, and no good.
 ///
-/// A local LOCATION is read where it holds something; of one on a server all is read, holes too.
+/// LOCATION is read where it holds something: of a local file that is known; of one on a server where
+/// commands may be run there over ssh (filefrag); else all of it is read, holes too.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -68,13 +69,15 @@ pub struct Args {
 }
 
 /// One of the two, held by a lease of ours.
-struct Held {
+struct Held<'a> {
+    location: &'a Location,
+    link: LinkSettings,
     store: Arc<dyn Store>,
     /// `None` where it may only be read.
     lease: Option<Lease>,
 }
 
-impl Held {
+impl Held<'_> {
     fn release(self) -> Result<()> {
         self.lease.map_or(Ok(()), Lease::release)
     }
@@ -150,7 +153,7 @@ fn copy(
     check: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<(Copied, u64)> {
     let link = args.image.link()?;
-    let source = hold_source(from, &link, args.wait, terminal, check)?;
+    let source = hold_source(from, link, args.wait, terminal, check)?;
     let copied = copy_to(args, &source, to, terminal, check);
     let released = source.release();
     let copied = copied?;
@@ -158,14 +161,14 @@ fn copy(
     Ok(copied)
 }
 
-fn hold_source(
-    location: &Location,
-    link: &LinkSettings,
+fn hold_source<'a>(
+    location: &'a Location,
+    link: LinkSettings,
     wait: Duration,
     terminal: &Terminal,
     check: &dyn Fn() -> Result<()>,
-) -> Result<Held> {
-    let store = image::connect(location, link)?;
+) -> Result<Held<'a>> {
+    let store = image::connect(location, &link)?;
     image::require(&*store)?;
     let lease = match take_lease(&store, location, wait, check) {
         Ok(lease) => Some(lease),
@@ -180,7 +183,12 @@ fn hold_source(
         Err(error) => return Err(error),
     };
     tell_of(&lease, terminal);
-    Ok(Held { store, lease })
+    Ok(Held {
+        location,
+        link,
+        store,
+        lease,
+    })
 }
 
 fn tell_of(lease: &Option<Lease>, terminal: &Terminal) {
@@ -191,7 +199,7 @@ fn tell_of(lease: &Option<Lease>, terminal: &Terminal) {
 
 fn copy_to(
     args: &Args,
-    source: &Held,
+    source: &Held<'_>,
     to: &Location,
     terminal: &Terminal,
     check: &(dyn Fn() -> Result<()> + Sync),
@@ -209,6 +217,8 @@ fn copy_to(
     let store = image::connect(to, &link)?;
     let lease = take_lease(&store, to, args.wait, check)?;
     let held = Held {
+        location: to,
+        link,
         store,
         lease: Some(lease),
     };
@@ -223,8 +233,8 @@ fn copy_to(
 
 fn copy_held(
     force: bool,
-    source: &Held,
-    target: &Held,
+    source: &Held<'_>,
+    target: &Held<'_>,
     terminal: &Terminal,
     check: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<Copied> {
@@ -247,7 +257,8 @@ fn copy_held(
         part.remove()?;
     }
     let from = source.store.open(Access::ReadOnly)?;
-    let ranges = source.store.data_ranges()?;
+    let (store, place, link) = (&*source.store, source.location, &source.link);
+    let ranges = image::data_ranges(store, place, link, from.size())?;
     room(&*target.store, &*from, ranges.as_deref(), terminal)?;
     let before = marks(&*from, volume)?;
     image::copy(&CopyJob {

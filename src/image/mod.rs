@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use copy::{Copied, CopyJob, PART, SUMS, copy};
 pub use create::{Created, Creation, create};
 pub use data::{Read as DataRead, Reading, Subset, read as read_data};
-pub use server_shell::stored_bytes;
+pub use server_shell::{data_ranges, stored_bytes};
 pub use trim::{Backend, Job as TrimJob, Trimmed, trim};
 
 use crate::device::Device;

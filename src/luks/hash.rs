@@ -135,7 +135,7 @@ mod tests {
             }
         }
         assert_eq!(
-            hex(&Hash::Sha256.of(&[b"a"; 1_000_000].map(|a| &a[..]))),
+            hex(&Hash::Sha256.of(&vec![&b"a"[..]; 1_000_000])),
             "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
         );
     }

@@ -41,6 +41,9 @@ const FLUSH_AFTER: Duration = Duration::from_secs(5);
 /// The longest write that is kept as one.
 const PIECE: usize = 4 * MIB as usize;
 
+/// What is sent again is synced in steps, so that a link which breaks again and again gets on.
+const SYNC_EVERY: u64 = 2 * MIB;
+
 /// How often the flushing thread looks at its watch.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
@@ -392,7 +395,7 @@ impl Shared {
     fn flush(&self) -> Result<()> {
         let _one = lock(&self.flushing);
         let mut failing_since = None;
-        loop {
+        'session: loop {
             let Some(oldest) = lock(&self.kept).log.oldest() else {
                 return self.lanes.over().map_or(Ok(()), Err);
             };
@@ -402,29 +405,52 @@ impl Shared {
             if !uncovered.is_empty() {
                 debug!(ranges = uncovered.len(), "sending again what may be lost");
             }
-            for range in &uncovered {
+            let mut resent = 0;
+            let last = uncovered.len().saturating_sub(1);
+            for (n, range) in uncovered.iter().enumerate() {
                 self.send_again(range, session.number)?;
-            }
-            let begun = self.lanes.tick();
-            match self.handle(session).and_then(|handle| handle.sync()) {
-                Ok(()) => {}
-                Err(error) if session.is_dead() => {
-                    let since = *failing_since.get_or_insert_with(Instant::now);
-                    self.lanes.lost(session, since, &error)?;
+                resent += range.end - range.start;
+                if resent < SYNC_EVERY || n == last {
                     continue;
                 }
-                Err(error) => {
-                    lock(&self.kept).log.doubt();
-                    return Err(error);
+                resent = 0;
+                if let Err(error) = self.sync_on(session) {
+                    self.sync_failed(session, &mut failing_since, error)?;
+                    continue 'session;
                 }
             }
-            let mut kept = lock(&self.kept);
-            kept.log.synced(session.number, begun);
-            kept.since = kept.log.owes().then(Instant::now);
-            drop(kept);
-            self.freed.notify_all();
-            return Ok(());
+            match self.sync_on(session) {
+                Ok(()) => return Ok(()),
+                Err(error) => self.sync_failed(session, &mut failing_since, error)?,
+            }
         }
+    }
+
+    /// Syncs on a session, and lets go of what that covers.
+    fn sync_on(&self, session: &Arc<Session>) -> Result<()> {
+        let begun = self.lanes.tick();
+        self.handle(session).and_then(|handle| handle.sync())?;
+        let mut kept = lock(&self.kept);
+        kept.log.synced(session.number, begun);
+        kept.since = kept.log.owes().then(Instant::now);
+        drop(kept);
+        self.freed.notify_all();
+        Ok(())
+    }
+
+    /// Ok when another session is to be tried.
+    fn sync_failed(
+        &self,
+        session: &Arc<Session>,
+        since: &mut Option<Instant>,
+        error: Error,
+    ) -> Result<()> {
+        if session.is_dead() {
+            let since = *since.get_or_insert_with(Instant::now);
+            return self.lanes.lost(session, since, &error);
+        }
+        lock(&self.kept).log.doubt();
+        Err(error)
     }
 
     /// The flushing thread's life.
@@ -446,7 +472,11 @@ impl Shared {
                 drop(kept);
                 if let Err(error) = self.flush() {
                     // Whoever flushes next hears of it, or of what comes of it.
-                    warn!("cannot sync {}: {}", self.name, error.chain().join(": "));
+                    let why = error.chain().join(": ");
+                    match self.lanes.over() {
+                        None => warn!("cannot sync {}: {why}", self.name),
+                        Some(_) => debug!("cannot sync {}: {why}", self.name),
+                    }
                     not_before = Instant::now() + FLUSH_AFTER;
                 }
                 kept = lock(&self.kept);

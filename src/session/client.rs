@@ -27,6 +27,9 @@ const POLL: Duration = Duration::from_millis(100);
 /// before it is killed: enough to release the lease over a slow link.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// So many signals end a session at once.
+const ENOUGH_SIGNALS: usize = 2;
+
 /// Where keys come from, and whether asking again makes sense.
 pub trait KeySource {
     /// The next key to try; `rejected` says why the one before did not serve.
@@ -45,6 +48,8 @@ pub struct Session {
     signals: Arc<AtomicUsize>,
     monitor: Arc<dyn Monitor>,
     detached: bool,
+    /// Nobody waits for the session any more.
+    over: Arc<AtomicBool>,
 }
 
 impl Session {
@@ -116,10 +121,30 @@ impl Session {
             signals,
             monitor,
             detached: false,
+            over: Arc::default(),
         };
         send(&mut session.to, plan)?;
         session.mounted_at = session.until_ready(keys)?;
+        session.heed_second_signal()?;
         Ok(session)
+    }
+
+    /// A second signal ends the session also while the command waits in the kernel for the
+    /// filesystem, where no signal reaches it: the end of the session wakes it.
+    fn heed_second_signal(&self) -> Result<()> {
+        let (signals, over) = (self.signals.clone(), self.over.clone());
+        let mut to = self.to.try_clone().attempt(|| "share the socket")?;
+        let heed = move || {
+            while !over.load(Ordering::Relaxed) {
+                if signals.load(Ordering::Relaxed) >= ENOUGH_SIGNALS {
+                    let _ = send(&mut to, &Order::Abandon); // it may have ended by itself
+                    return;
+                }
+                thread::sleep(POLL);
+            }
+        };
+        let thread = thread::Builder::new().name("session-signals".into());
+        thread.spawn(heed).map(drop).attempt(|| "start a thread")
     }
 
     fn until_ready(&mut self, keys: &mut dyn KeySource) -> Result<PathBuf> {
@@ -149,6 +174,12 @@ impl Session {
     /// The latest figures.
     pub fn status(&self) -> Status {
         *self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same, for another thread.
+    pub fn status_later(&self) -> impl Fn() -> Status + Send + Sync + use<> {
+        let status = self.status.clone();
+        move || *status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets `stop` when the server has no room left but what an orderly end needs; also if that was
@@ -229,6 +260,11 @@ impl Session {
         loop {
             match self.reports.recv_timeout(POLL) {
                 Ok(report) => return Ok(report),
+                Err(RecvTimeoutError::Disconnected)
+                    if self.signals.load(Ordering::Relaxed) >= ENOUGH_SIGNALS =>
+                {
+                    return Err(Error::new(Kind::Interrupted, "interrupted by a signal"));
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     let ended = self
                         .child
@@ -250,6 +286,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
         if !self.detached {
             // The end of the socket is the order to tear down.
             let _ = self.to.shutdown(std::net::Shutdown::Write);

@@ -25,7 +25,7 @@ use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::image::{self, Opened, Sealed};
 use crate::location::Location;
 use crate::remote::lease::Lease;
-use crate::remote::{Access, Store};
+use crate::remote::{Access, Link, Store};
 use crate::secret::Secret;
 use crate::units::show_duration;
 
@@ -172,6 +172,11 @@ impl Server {
         let settled = match (&served, &torn_down) {
             (Ok(_), Ok(())) => self.settle(&*store),
             _ => Ok(()),
+        };
+        // Whatever was seen of it first: it is the link that failed.
+        let torn_down = match store.link() {
+            Link::Over(why) if torn_down.is_err() => Err(Error::from(why)),
+            _ => torn_down,
         };
         keeping.stop();
         telling.stop();

@@ -46,7 +46,7 @@ pub struct Job<'a> {
     pub stop: &'a AtomicBool,
     pub monitor: &'a dyn Monitor,
     /// What the link has sent and still owes, to complete the progress.
-    pub link: &'a dyn Fn() -> Progress,
+    pub link: &'a (dyn Fn() -> Progress + Sync),
 }
 
 #[derive(Debug)]

@@ -175,7 +175,8 @@ fn a_daemon_that_could_not_sync_is_found_out() {
     let place = Place::over(&sandbox, &sshd);
     place.init("10G").ok();
     let mounted = sandbox.dir("mnt");
-    place.program("mount").arg(&mounted).ok();
+    let mount = place.program("mount").arg(&mounted);
+    mount.args(["--io-deadline", "0"]).ok();
     fs::write(mounted.join("never synced"), "content").expect("written");
     sshd.cut_sessions();
     // It succeeds or not, as the kernel likes: the filesystem has turned read-only.
@@ -204,7 +205,8 @@ fn a_mount_whose_link_broke_can_be_unmounted() {
     let place = Place::over(&sandbox, &sshd);
     place.init("10G").ok();
     let mounted = sandbox.dir("mnt");
-    place.program("mount").arg(&mounted).ok();
+    let mount = place.program("mount").arg(&mounted);
+    mount.args(["--io-deadline", "0"]).ok();
     fs::write(mounted.join("never synced"), "content").expect("written");
     sshd.cut_sessions();
     let ran = Program::new(&sandbox, "umount").arg(&mounted).run();

@@ -4,6 +4,7 @@
 // Every test binary uses a part of it.
 #![allow(dead_code, unused_imports)]
 
+mod decrypted;
 mod place;
 mod program;
 mod proxy;
@@ -12,6 +13,7 @@ mod sandbox;
 mod sshd;
 mod tree;
 
+pub use decrypted::{Decrypted, SECTOR, decrypt, is_clean};
 pub use place::Place;
 pub use program::{PASSPHRASE, Program, Ran, Running};
 pub use proxy::{Proxy, Shape};

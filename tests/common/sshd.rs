@@ -99,11 +99,13 @@ impl Sshd {
     fn write_config(&self) {
         let dir = self.dir.display();
         let port = self.port;
+        // A login shell reads files of its home, and those of whoever runs the tests may be slow.
         let mut config = format!(
             "ListenAddress 127.0.0.1:{port}\nHostKey {dir}/host_key\nPidFile none\n\
              AuthorizedKeysFile {dir}/authorized_keys\nStrictModes no\nUsePAM no\n\
              PasswordAuthentication no\nPermitRootLogin prohibit-password\n\
-             MaxStartups 100\nSubsystem sftp /usr/lib/openssh/sftp-server\n"
+             MaxStartups 100\nSubsystem sftp /usr/lib/openssh/sftp-server\n\
+             SetEnv HOME={dir}\n"
         );
         for line in &self.extra {
             config.push_str(line);

@@ -602,10 +602,10 @@ fn short_reads_and_slow_answers_with_breaks() {
     {
         let mut world = model.world();
         world.round_trip = Duration::from_millis(3);
-        world.read_max = 1000;
+        world.read_max = 4000;
     }
     model.script(|seen| {
-        if seen.number % 61 == 60 {
+        if seen.number % 151 == 150 {
             Act::EndAfter
         } else {
             Act::Serve

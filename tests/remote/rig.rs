@@ -211,10 +211,11 @@ impl Sshd {
                 "ListenAddress 127.0.0.1\nPort {port}\nHostKey {}\nAuthorizedKeysFile {}\n\
                  PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication {}\n\
                  KbdInteractiveAuthentication no\nPermitRootLogin yes\nMaxStartups 100\n\
-                 {sftp}\n",
+                 SetEnv HOME={}\n{sftp}\n",
                 at("host"),
                 at("authorized_keys"),
                 if shadow.is_some() { "yes" } else { "no" },
+                dir.path().display(), // a shell's start files in the real home may be slow
             );
             fs::write(at("sshd_config"), config).expect("written");
             let host_key = fs::read_to_string(at("host.pub")).expect("read");

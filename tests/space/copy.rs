@@ -102,6 +102,30 @@ fn to_a_server_and_back_sends_what_has_changed() {
     assert_eq!(sshd.sessions(), 0);
 }
 
+#[test]
+fn of_an_image_on_a_server_with_commands_only_what_it_holds_is_read() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let sshd = Sshd::start(&sandbox);
+    let place = Place::over(&sandbox, &sshd);
+    filled(&place, "100G", 5);
+    let there = sandbox.path("copy.img");
+    let told = summary(&place, there.to_str().expect("text"));
+    let read = told["read_bytes"].as_u64().expect("a number");
+    assert!((5 * MIB..300 * MIB).contains(&read), "{told}");
+    let (from, to) = (stored_bytes(&place.stored), stored_bytes(&there));
+    assert!(
+        to <= from + 24 * MIB,
+        "{to} bytes stored, {from} in the original"
+    );
+    let mut copied = Place::local(&sandbox);
+    copied.location = there.display().to_string();
+    copied.stored = there;
+    copied.program("check").arg("--read-data").ok();
+}
+
 /// Whenever it is killed: what has the name is whole, and the next run goes on.
 #[test]
 fn a_killed_copy_goes_on_where_it_stopped() {

@@ -506,9 +506,12 @@ impl Shared {
 }
 
 impl State {
-    /// The first failure stays: what came after it cannot be better.
+    /// The first failure stays, and is the one that is told: what came after it cannot be better.
     pub fn fail(&mut self, error: &Error, attempt: &str) {
-        tracing::error!(%error, kind = ?error.kind(), "cannot {attempt}");
+        match self.failure {
+            None => tracing::error!(%error, kind = ?error.kind(), "cannot {attempt}"),
+            Some(_) => tracing::debug!(%error, kind = ?error.kind(), "cannot {attempt}"),
+        }
         self.failure.get_or_insert_with(|| Told::from(error));
     }
 }

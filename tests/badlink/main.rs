@@ -1,0 +1,400 @@
+//! A link that breaks, by the whole program: nobody but the clock notices, nothing is lost, and
+//! after the deadline the end is clean.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod relay;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use common::{
+    Place, Program, Proxy, Ran, Running, Sandbox, Shape, Sshd, assert_same_tree, decrypt, is_clean,
+    large_file, output, plain_tree, root_or_skip, run, stored_bytes, tool, tool_or_skip, wait_for,
+};
+use relay::{Act, Relay};
+use rustix::process::Signal;
+
+const MIB: u64 = 1 << 20;
+/// What takes longer hangs.
+const HANG: Duration = Duration::from_secs(60);
+
+/// A server behind a proxy.
+struct Far {
+    sshd: Sshd,
+    proxy: Proxy,
+}
+
+impl Far {
+    fn new(sandbox: &Sandbox) -> Self {
+        let sshd = Sshd::start(sandbox);
+        let proxy = Proxy::to_port(sshd.port(), Shape::default());
+        Far { sshd, proxy }
+    }
+
+    fn place<'a>(&self, sandbox: &'a Sandbox) -> Place<'a> {
+        let mut place = Place::over(sandbox, &self.sshd);
+        let (near, far) = (self.sshd.port(), self.proxy.port());
+        place.location = place
+            .location
+            .replacen(&near.to_string(), &far.to_string(), 1);
+        let alias = format!("HostKeyAlias=[127.0.0.1]:{near}");
+        // A connection that has fallen silent is given up after 3 s.
+        for option in [&alias, "ServerAliveInterval=1"] {
+            place.options.extend(["--ssh-option".into(), option.into()]);
+        }
+        place
+    }
+
+    fn drop_link(&self) {
+        self.proxy.refuse(true);
+        self.proxy.cut();
+    }
+}
+
+fn source(sandbox: &Sandbox) -> PathBuf {
+    let source = sandbox.dir("source");
+    plain_tree(&source, 40);
+    source
+}
+
+/// The newest snapshot is its source, and the volume is one that e2fsck likes.
+fn is_whole(place: &Place, source: &Path) {
+    let restored = place.sandbox.path("restored");
+    let what = format!("latest:{}", source.display());
+    place.restore(&what, &restored).ok();
+    assert_same_tree(source, &restored);
+    fs::remove_dir_all(&restored).expect("removed");
+    place.assert_closed();
+    let plain = decrypt(place.sandbox, &place.stored);
+    is_clean(&plain.path);
+    fs::remove_file(&plain.path).expect("removed");
+}
+
+/// A backup of something new, slow enough to be disturbed, when some of it has arrived.
+fn under_way(place: &Place, source: &Path, seed: u64, options: &[&str]) -> Running {
+    large_file(&source.join("large"), 14 * MIB, seed);
+    let backup = place
+        .backup(source)
+        .args(["--limit-upload", "5M", "--json"]);
+    let before = stored_bytes(&place.stored);
+    let running = backup.args(options).spawn();
+    wait_for("some data", HANG, || {
+        stored_bytes(&place.stored) > before + 3 * MIB
+    });
+    running
+}
+
+#[test]
+fn a_connection_that_ends_in_any_way_is_made_anew() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let far = Far::new(&sandbox);
+    let place = far.place(&sandbox);
+    let source = source(&sandbox);
+    place.init("200M").ok();
+    let late = ["--late-writes", "4s"];
+
+    // Killed on the server's side, and its ssh on ours.
+    let running = under_way(&place, &source, 1, &late);
+    far.sshd.cut_sessions();
+    running.wait().code(0);
+    is_whole(&place, &source);
+    let running = under_way(&place, &source, 2, &late);
+    let processes = sandbox.processes().into_iter();
+    let ssh: Vec<_> = processes
+        .filter(|(_, line)| line.contains("ControlMaster=yes"))
+        .collect();
+    assert!(!ssh.is_empty(), "no ssh to kill");
+    ssh.iter()
+        .for_each(|(pid, _)| common::kill(*pid, Signal::KILL));
+    running.wait().code(0);
+    is_whole(&place, &source);
+
+    // Packets vanish; those under way arrive when ssh is dead and its successor is at work.
+    let running = under_way(&place, &source, 3, &late);
+    far.proxy.freeze_connected();
+    wait_for("a second connection", HANG, || far.proxy.connections() > 1);
+    far.proxy.thaw();
+    running.wait().code(0);
+    is_whole(&place, &source);
+    assert_eq!(place.ids().len(), 3);
+}
+
+#[test]
+fn an_outage_is_told_and_survived() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let far = Far::new(&sandbox);
+    let place = far.place(&sandbox);
+    let source = source(&sandbox);
+    place.init("200M").ok();
+    let running = under_way(&place, &source, 1, &["--late-writes", "1s"]);
+    far.drop_link();
+    std::thread::sleep(Duration::from_millis(3500));
+    far.proxy.refuse(false);
+    let ran = running.wait().code(0);
+    assert!(
+        ran.stdout.contains("the link is down, dialling again"),
+        "{ran}"
+    );
+    assert!(ran.stdout.contains("the link is up again"), "{ran}");
+    let down = ran.stdout.lines().filter_map(|line| {
+        let line: serde_json::Value = serde_json::from_str(line).ok()?;
+        line["link_down_seconds"].as_u64()
+    });
+    assert!(down.max() >= Some(2), "{ran}");
+    is_whole(&place, &source);
+}
+
+#[test]
+fn after_the_deadline_nothing_is_published_and_the_next_run_goes_on() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let far = Far::new(&sandbox);
+    let place = far.place(&sandbox);
+    let source = source(&sandbox);
+    place.init("200M").ok();
+    place.backup(&source).ok();
+    for (deadline, attempts) in [("2s", "within 2.0 s"), ("0", "")] {
+        let running = under_way(&place, &source, 1, &["--io-deadline", deadline]);
+        far.drop_link();
+        let broken = Instant::now();
+        let ran = running.wait().code(14).says(attempts);
+        assert!(broken.elapsed() < HANG, "{ran}");
+        sandbox.assert_nothing_left();
+        far.proxy.refuse(false);
+        assert_eq!(place.ids().len(), 1);
+    }
+    place.backup(&source).ok();
+    is_whole(&place, &source);
+    assert_eq!(place.ids().len(), 2);
+}
+
+/// Two signals end a run whose server cannot be reached, long before the deadline.
+#[test]
+fn a_backup_without_a_link_can_be_stopped() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let far = Far::new(&sandbox);
+    let place = far.place(&sandbox);
+    let source = source(&sandbox);
+    place.init("200M").ok();
+    let running = under_way(&place, &source, 1, &["--late-writes", "1s"]);
+    far.drop_link();
+    std::thread::sleep(Duration::from_secs(1));
+    let asked = Instant::now();
+    running.signal(Signal::TERM);
+    std::thread::sleep(Duration::from_secs(2));
+    running.signal(Signal::TERM);
+    let ran = running.wait().code(130);
+    assert!(asked.elapsed() < HANG, "{ran}");
+    sandbox.assert_nothing_left();
+    far.proxy.refuse(false);
+    assert!(place.ids().is_empty());
+    place.backup(&source).ok();
+    is_whole(&place, &source);
+}
+
+/// Something synced and something that is not, on a mount.
+fn mounted(place: &Place, options: &[&str]) -> PathBuf {
+    let at = place.sandbox.dir("mnt");
+    place.program("mount").arg(&at).args(options).ok();
+    fs::write(at.join("synced"), "content").expect("written");
+    run(tool("sync").arg("-f").arg(at.join("synced")));
+    large_file(&at.join("not synced"), 2 * MIB, 1);
+    at
+}
+
+/// Runs a tool that has to end by itself.
+fn ends(program: &str, args: &[&str], at: &Path) -> bool {
+    let mut command = tool("timeout");
+    command.args(["--signal=KILL", "60", program]).args(args);
+    let output = output(command.arg(at));
+    assert!(
+        output.status.code().is_some_and(|code| code != 137),
+        "{program} hangs"
+    );
+    output.status.success()
+}
+
+#[test]
+fn a_mount_without_a_link_hangs_nobody_beyond_the_deadline() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let far = Far::new(&sandbox);
+    let place = far.place(&sandbox);
+    place.init("200M").ok();
+    let umount = |at: &Path| Program::new(&sandbox, "umount").arg(at);
+    let bounded = |ran: Ran| {
+        assert!(ran.took < HANG, "{ran}");
+        assert!(sandbox.mounts().is_empty(), "{ran}");
+        ran
+    };
+
+    let at = mounted(&place, &["--io-deadline", "4s"]);
+    far.drop_link();
+    ends("df", &[], &at);
+    ends("find", &[], &at);
+    assert!(!ends("sync", &["-f"], &at), "nothing can be synced");
+    bounded(umount(&at).run().code_of(&[1, 14]));
+    far.proxy.refuse(false);
+
+    // With minutes to go, patience ends by force.
+    let at = mounted(&place, &["--late-writes", "1s"]);
+    far.drop_link();
+    ends("df", &[], &at);
+    let forced = bounded(umount(&at).arg("--force").run());
+    forced.code(3).says("ended by force");
+    sandbox.assert_nothing_left();
+    far.proxy.refuse(false);
+
+    // The link comes back while an unmount waits for it: nothing is lost.
+    let at = mounted(&place, &["--late-writes", "1s"]);
+    far.drop_link();
+    let waiting = umount(&at).spawn();
+    std::thread::sleep(Duration::from_secs(2));
+    far.proxy.refuse(false);
+    bounded(waiting.wait().code(0));
+    let at = sandbox.dir("mnt");
+    place.program("mount").arg(&at).arg("--read-only").ok();
+    large_file(&sandbox.path("expected"), 2 * MIB, 1);
+    run(tool("cmp")
+        .arg(sandbox.path("expected"))
+        .arg(at.join("not synced")));
+    umount(&at).ok();
+    place.assert_closed();
+}
+
+/// An image behind a relay, and what a run takes that nobody disturbs.
+struct Relayed<'a> {
+    place: Place<'a>,
+    relay: Relay,
+    source: PathBuf,
+    requests: u64,
+    runs: u64,
+}
+
+/// Before so many requests a run has not written anything, and fails at a break: connecting and
+/// taking the lease are not tried again.
+const BEGINNING: u64 = 40;
+
+impl<'a> Relayed<'a> {
+    fn new(sandbox: &'a Sandbox) -> Self {
+        let mut place = Place::piped(sandbox);
+        place.init("200M").ok();
+        let relay = Relay::before(&mut place, sandbox);
+        let source = source(sandbox);
+        let mut relayed = Relayed {
+            place,
+            relay,
+            source,
+            requests: 0,
+            runs: 0,
+        };
+        relayed.run(|_| Act::Pass).code(0);
+        relayed.requests = relayed.relay.requests();
+        assert!(relayed.requests > 2 * BEGINNING, "{}", relayed.requests);
+        relayed
+    }
+
+    fn run(&mut self, script: impl FnMut(u64) -> Act + Send + 'static) -> Ran {
+        self.runs += 1;
+        large_file(&self.source.join("large"), 2 * MIB, self.runs);
+        self.relay.script(script);
+        let backup = self.place.backup(&self.source);
+        let ran = backup.args(["--late-writes", "1s"]).run();
+        eprintln!(
+            "{} requests, {} breaks, {} writes forgotten, {:?}",
+            self.relay.requests(),
+            self.relay.breaks(),
+            self.relay.forgotten(),
+            ran.took
+        );
+        ran
+    }
+
+    /// It may only have failed where nothing was written yet; then the next run does it.
+    fn check(&self, ran: Ran, moment: u64) {
+        self.relay.script(|_| Act::Pass);
+        if moment > BEGINNING {
+            ran.code(0);
+        } else if !ran.code_of(&[0, 14]).status.success() {
+            self.place.backup(&self.source).ok();
+        }
+        is_whole(&self.place, &self.source);
+    }
+
+    /// Requests to act at: a handful, or with `E2EBAK_BREAKS=all` all of them.
+    fn moments(&self, handful: u64) -> Vec<u64> {
+        if std::env::var("E2EBAK_BREAKS").as_deref() == Ok("all") {
+            return (1..=self.requests).collect();
+        }
+        let step = (self.requests - BEGINNING) / (handful + 1);
+        (1..=handful).map(|n| BEGINNING + n * step).collect()
+    }
+}
+
+#[test]
+fn a_break_at_any_request_of_a_backup_loses_nothing() {
+    if !root_or_skip() || !tool_or_skip("socat") {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let mut relayed = Relayed::new(&sandbox);
+    for moment in relayed.moments(5) {
+        let act = match moment % 2 {
+            0 => Act::CutBefore,
+            _ => Act::CutAfter,
+        };
+        let ran = relayed.run(move |number| if number == moment { act } else { Act::Pass });
+        relayed.check(ran, moment);
+    }
+    // One break after the other. What is kept must go through between two of them.
+    let mut left = 5;
+    let often = move |number| match left > 0 && number > BEGINNING && number % 16 == 0 {
+        true => {
+            left -= 1;
+            Act::CutAfter
+        }
+        false => Act::Pass,
+    };
+    let ran = relayed.run(often);
+    assert!(relayed.relay.breaks() == 5, "{ran}");
+    relayed.check(ran, u64::MAX);
+}
+
+#[test]
+fn a_server_that_forgets_what_was_not_synced_loses_nothing() {
+    if !root_or_skip() || !tool_or_skip("socat") {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let mut relayed = Relayed::new(&sandbox);
+    let mut forgotten = 0;
+    for moment in relayed.moments(4) {
+        let restart = move |number| {
+            if number == moment {
+                Act::Forget
+            } else {
+                Act::Pass
+            }
+        };
+        let ran = relayed.run(restart);
+        forgotten += relayed.relay.forgotten();
+        relayed.check(ran, moment);
+    }
+    assert!(forgotten > 0, "nothing was forgotten: this shows nothing");
+}
