@@ -11,7 +11,9 @@ pub mod secret; //   bytes that are wiped when dropped
 pub mod units; //    sizes and durations
 
 // Floor 1: formats. Bytes in, bytes out; no I/O, clock or randomness inside.
+pub mod ext4; //     which blocks of a filesystem hold something
 pub mod luks; //     the LUKS2 header: binary header, JSON metadata, keyslots, key derivation
+pub mod retention; // which snapshots to keep
 pub mod sftp; //     SFTP version 3 packets, and the client's side of the conversation
 pub mod xts; //      AES-256-XTS over runs of sectors
 

@@ -75,7 +75,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// Reads `90`, `90s`, `30m`, `2h`, `7d`; a bare number is seconds.
+/// Reads `90`, `90s`, `30m`, `2h`, `7d`, `4w`; a bare number is seconds.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration; write it like 30s, 30m, 2h or 7d");
     let digits = text
@@ -87,6 +87,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "m" | "min" => 60,
         "h" => 3600,
         "d" => 86_400,
+        "w" => 7 * 86_400,
         _ => return Err(wrong()),
     };
     let number = u64::from_str(number).map_err(|_| wrong())?;

@@ -17,6 +17,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("xts", &["secret"]),
     ("luks", &["error", "units", "secret", "xts"]),
     ("sftp", &[]),
+    ("retention", &["units"]),
+    ("ext4", &[]),
     // floor 2
     ("host", &["error", "units", "secret", "progress"]),
     ("link", &["error", "units", "secret", "location", "host"]),
@@ -32,14 +34,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "image",
         &[
-            "error", "units", "secret", "progress", "location", "device", "luks", "xts", "host",
-            "link", "remote", "layer",
+            "error", "units", "secret", "progress", "location", "device", "luks", "ext4", "xts",
+            "host", "link", "remote", "layer",
         ],
     ),
     ("restore", &["error", "units", "progress", "device"]),
     (
         "snapshot",
-        &["error", "units", "progress", "host", "restore"],
+        &["error", "units", "progress", "host", "restore", "retention"],
     ),
     (
         "session",
@@ -53,8 +55,23 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "error", "units", "secret", "progress", "location", "device", "luks", "host", "link",
-            "remote", "image", "restore", "snapshot", "session", "ui",
+            "error",
+            "units",
+            "secret",
+            "progress",
+            "location",
+            "device",
+            "luks",
+            "ext4",
+            "host",
+            "link",
+            "remote",
+            "image",
+            "restore",
+            "retention",
+            "snapshot",
+            "session",
+            "ui",
         ],
     ),
 ];

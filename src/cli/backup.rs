@@ -1,6 +1,7 @@
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,13 +9,14 @@ use serde_json::json;
 
 use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
+use crate::cli::keep::{KeepArgs, goes};
 use crate::cli::key::KeyArgs;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host;
 use crate::location::Location;
 use crate::progress::{Event, Monitor};
 use crate::session::{self, Place, Plan, Session, Status};
-use crate::snapshot::{self, Filters, Job, Outcome};
+use crate::snapshot::{self, Catalogue, Deleted, Filters, Job, MountedFiles, Outcome};
 use crate::ui::{Style, Terminal};
 use crate::ui::{say, tell};
 use crate::units::{Bytes, parse_duration, show_duration};
@@ -23,7 +25,7 @@ use crate::units::{Bytes, parse_duration, show_duration};
 ///
 /// Every snapshot looks like a full copy; what did not change since the last one is a hard link.
 /// An interrupted run is taken up again by the next one. A snapshot appears only when it is whole
-/// and synced on the server.
+/// and synced on the server. With --keep-... options it then deletes old ones, as `e2ebak prune`.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -48,6 +50,9 @@ pub struct Args {
     /// Leave out the content of directories that hold a CACHEDIR.TAG
     #[arg(long, help_heading = "Filters")]
     exclude_caches: bool,
+
+    #[command(flatten)]
+    keep: KeepArgs,
 
     /// How long to wait while somebody else holds the image, for example 30m
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0")]
@@ -123,10 +128,24 @@ pub fn run(args: Args) -> Result<Ending> {
         }),
         None => taken,
     };
+    let pruned = match &taken {
+        Ok(_) if !args.keep.is_empty() => {
+            let (root, keep) = (session.mounted_at(), &args.keep);
+            let prune = || prune(keep, root, &stop, &terminal);
+            let pruned = thread::scope(|scope| scope.spawn(prune).join());
+            pruned.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        }
+        _ => Ok(Deleted::default()),
+    };
     let closed = session.close();
     terminal.finish();
     let (outcome, status) = both(taken, closed).attempt(doing)?;
     summary(&args, &location, &outcome, status, clock.elapsed());
+    let not_pruned = || format!("{} is published, but pruning failed", outcome.record.id);
+    let deleted = pruned.attempt(not_pruned)?;
+    if deleted.snapshots > 0 && !args.output.quiet && !args.json {
+        say!("  deleted    {:>12}   old snapshots", deleted.snapshots);
+    }
     let record = &outcome.record;
     Ok(if record.error_count > 0 || record.rsync_exit_code == 23 {
         Ending::Warnings
@@ -135,8 +154,13 @@ pub fn run(args: Args) -> Result<Ending> {
     })
 }
 
+fn prune(keep: &KeepArgs, root: &Path, stop: &AtomicBool, monitor: &Terminal) -> Result<Deleted> {
+    let catalogue = Catalogue::load(&mut MountedFiles(root.into()))?;
+    snapshot::delete(root, &goes(&keep.judge(&catalogue)?), stop, monitor)
+}
+
 /// The image itself, when it lies on this machine, and our own mounts.
-fn never_backed_up(location: &Location, runtime: &std::path::Path) -> Vec<PathBuf> {
+fn never_backed_up(location: &Location, runtime: &Path) -> Vec<PathBuf> {
     let mut paths = vec![runtime.to_path_buf()];
     if let Location::Local(image) = location
         && let Ok(image) = std::fs::canonicalize(image)

@@ -3,15 +3,25 @@
 
 mod args;
 mod backup;
+mod check;
+mod copy;
+mod grow;
 mod info;
 mod init;
+mod keep;
 mod key;
 mod mount;
+mod mounted;
+mod pin;
+mod prune;
 mod restore;
 mod snapshots;
+mod trim;
 mod umount;
 mod unlock;
 mod unmounted;
+mod unpin;
+mod usage;
 
 use std::process::ExitCode;
 
@@ -45,6 +55,14 @@ enum Verb {
     Backup(backup::Args),
     Snapshots(snapshots::Args),
     Restore(restore::Args),
+    Prune(prune::Args),
+    Pin(pin::Args),
+    Unpin(unpin::Args),
+    Usage(usage::Args),
+    Check(check::Args),
+    Copy(copy::Args),
+    Trim(trim::Args),
+    Grow(grow::Args),
     Mount(mount::Args),
     Umount(umount::Args),
     Info(info::Args),
@@ -92,6 +110,14 @@ fn run(verb: Verb) -> Result<Ending> {
         Verb::Backup(args) => backup::run(args),
         Verb::Snapshots(args) => snapshots::run(args),
         Verb::Restore(args) => restore::run(args),
+        Verb::Prune(args) => prune::run(args),
+        Verb::Pin(args) => pin::run(args),
+        Verb::Unpin(args) => unpin::run(args),
+        Verb::Usage(args) => usage::run(args),
+        Verb::Check(args) => check::run(args),
+        Verb::Copy(args) => copy::run(args),
+        Verb::Trim(args) => trim::run(args),
+        Verb::Grow(args) => grow::run(args),
         Verb::Mount(args) => mount::run(args),
         Verb::Umount(args) => umount::run(args),
         Verb::Info(args) => info::run(args),

@@ -42,7 +42,11 @@ pub fn run(args: Args) -> Result<Ending> {
         let all: Vec<Value> = catalogue
             .complete
             .iter()
-            .map(|found| json!(found.record))
+            .map(|found| {
+                let mut record = json!(found.record);
+                record["pinned"] = found.pinned.into();
+                record
+            })
             .collect();
         say!("{:#}", Value::from(all));
     } else {
@@ -69,7 +73,7 @@ fn print(catalogue: &Catalogue) {
         ">duration",
         "",
     ]);
-    for Found { id, record } in &catalogue.complete {
+    for Found { id, record, pinned } in &catalogue.complete {
         table.row(vec![
             id.to_string(),
             local_time(*id),
@@ -78,15 +82,20 @@ fn print(catalogue: &Catalogue) {
             Bytes(record.bytes).to_string(),
             Bytes(record.new_bytes).to_string(),
             show_duration(Duration::try_from_secs_f64(record.duration_seconds).unwrap_or_default()),
-            match record.error_count {
-                0 => String::new(),
-                count => format!("{count} errors"),
+            match (record.error_count, pinned) {
+                (0, false) => String::new(),
+                (0, true) => "pinned".into(),
+                (count, false) => format!("{count} errors"),
+                (count, true) => format!("pinned, {count} errors"),
             },
         ]);
     }
     say!("{}", table.render().trim_end());
     for id in &catalogue.inflight {
         say!("{id}  unfinished: running now, or interrupted; the next backup takes it up");
+    }
+    for id in &catalogue.deleting {
+        say!("{id}  deleted, but not all of its space is free yet; the next prune goes on");
     }
     match catalogue.complete.len() {
         0 => say!("no complete snapshot"),
@@ -95,7 +104,8 @@ fn print(catalogue: &Catalogue) {
     }
 }
 
-fn local_time(id: crate::snapshot::Id) -> String {
+/// When a snapshot began, by the clock on this machine's wall.
+pub fn local_time(id: crate::snapshot::Id) -> String {
     id.time()
         .to_zoned(jiff::tz::TimeZone::system())
         .strftime("%a %Y-%m-%d %H:%M")

@@ -106,6 +106,29 @@ impl VolumeFile {
         })
     }
 
+    /// truncate(2) to a larger size grows the volume, which is how `grow` reaches a mounted one. The
+    /// kernel takes the new size from the answer.
+    fn grow(&self, about: FileAttr, size: u64, reply: ReplyAttr) {
+        if self.volume.read_only {
+            return reply.error(Errno::EROFS);
+        }
+        let volume = self.volume.clone();
+        let grown = FileAttr {
+            size,
+            blocks: size.div_ceil(512),
+            ..about
+        };
+        let job = move |_: &mut Vec<u8>| match volume
+            .device
+            .resize(size)
+            .and_then(|()| volume.device.flush())
+        {
+            Ok(()) => reply.attr(&REMEMBERED, &grown),
+            Err(failure) => reply.error(volume.failed("grow", size, 0, &failure)),
+        };
+        self.handlers.run(Box::new(job));
+    }
+
     fn flush_device(&self, handle: FileHandle, reply: ReplyEmpty) {
         if self.volume.read_only || handle != FOR_WRITING {
             return reply.ok();
@@ -177,7 +200,7 @@ impl Filesystem for VolumeFile {
         }
     }
 
-    /// Times are taken and forgotten; nothing else may change.
+    /// Times are taken and forgotten, and the volume may grow; nothing else may change.
     fn setattr(
         &self,
         _: &Request,
@@ -199,10 +222,13 @@ impl Filesystem for VolumeFile {
         match self.attributes(node) {
             None => reply.error(Errno::ENOENT),
             Some(about) => {
-                let resizes = size.is_some_and(|size| size != about.size);
-                match resizes || mode.is_some() || user.is_some() || group.is_some() {
-                    true => reply.error(Errno::EPERM),
-                    false => reply.attr(&REMEMBERED, &about),
+                let shrinks = size.is_some_and(|size| size < about.size);
+                if shrinks || mode.is_some() || user.is_some() || group.is_some() {
+                    return reply.error(Errno::EPERM);
+                }
+                match size.filter(|size| *size > about.size) {
+                    Some(size) => self.grow(about, size, reply),
+                    None => reply.attr(&REMEMBERED, &about),
                 }
             }
         }

@@ -7,7 +7,11 @@
 //!       Store::open     the file: local, or over SFTP
 //! ```
 
+mod copy;
 mod create;
+mod data;
+mod server_shell;
+mod trim;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,7 +19,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use copy::{Copied, CopyJob, PART, SUMS, copy};
 pub use create::{Created, Creation, create};
+pub use data::{Read as DataRead, Reading, Subset, read as read_data};
+pub use server_shell::{data_ranges, stored_bytes};
+pub use trim::{Backend, Job as TrimJob, Trimmed, trim};
 
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
@@ -86,25 +94,9 @@ impl LinkSettings {
         if let Some(command) = &self.command {
             return Ok(Arc::new(CommandDial::from_line(command)?));
         }
-        let mut server = server.clone();
-        if let (Some(named), Some(given)) = (server.port, self.port)
-            && named != given
-        {
-            let why = format!("the location names port {named}, and --ssh-port {given}");
-            return Err(Error::new(Kind::Usage, why));
-        }
-        server.port = server.port.or(self.port);
+        let server = self.with_port(server)?;
         Ok(match self.ssh {
-            Ssh::System => Arc::new(SshDial::new(
-                server,
-                SshOptions {
-                    identity_file: self.identity_file.clone(),
-                    config_file: self.ssh_config.clone(),
-                    options: self.ssh_options.clone(),
-                    batch: !self.interactive,
-                    ..SshOptions::default()
-                },
-            )),
+            Ssh::System => Arc::new(self.ssh_dial(server)),
             Ssh::BuiltIn => Arc::new(BuiltInDial::new(
                 server,
                 BuiltInOptions {
@@ -114,6 +106,39 @@ impl LinkSettings {
                 },
             )?),
         })
+    }
+
+    /// What runs commands on the server; `None` where nothing of ours could.
+    fn shell(&self, server: &Server) -> Result<Option<SshDial>> {
+        if self.command.is_some() || self.ssh != Ssh::System {
+            return Ok(None);
+        }
+        Ok(Some(self.ssh_dial(self.with_port(server)?)))
+    }
+
+    fn with_port(&self, server: &Server) -> Result<Server> {
+        if let (Some(named), Some(given)) = (server.port, self.port)
+            && named != given
+        {
+            let why = format!("the location names port {named}, and --ssh-port {given}");
+            return Err(Error::new(Kind::Usage, why));
+        }
+        let port = server.port.or(self.port);
+        Ok(Server {
+            port,
+            ..server.clone()
+        })
+    }
+
+    fn ssh_dial(&self, server: Server) -> SshDial {
+        let options = SshOptions {
+            identity_file: self.identity_file.clone(),
+            config_file: self.ssh_config.clone(),
+            options: self.ssh_options.clone(),
+            batch: !self.interactive,
+            ..SshOptions::default()
+        };
+        SshDial::new(server, options)
     }
 }
 

@@ -32,13 +32,23 @@ impl Overlay {
         Overlay::with_limit(inner, CHANGED_MAX)
     }
 
-    fn with_limit(inner: Arc<dyn Device>, changed_max: u64) -> Overlay {
+    /// With another bound than [`CHANGED_MAX`], in bytes.
+    pub fn with_limit(inner: Arc<dyn Device>, changed_max: u64) -> Overlay {
         Overlay {
             block: u64::from(BLOCK.max(inner.caps().alignment)),
             inner,
             changed_max,
             changed: RwLock::default(),
         }
+    }
+
+    /// Hands out what was changed, block by block in ascending order, with its offset in bytes.
+    pub fn for_each_changed(&self, each: &mut dyn FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let changed = self.changed.read().unwrap_or_else(PoisonError::into_inner);
+        for (number, block) in changed.iter() {
+            each(number * self.block, block)?;
+        }
+        Ok(())
     }
 
     /// The blocks that a request touches.

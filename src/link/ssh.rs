@@ -95,6 +95,17 @@ impl SshDial {
     pub fn argv(&self, occasion: Occasion) -> Vec<OsString> {
         self.shared.own_argv(occasion)
     }
+
+    /// Runs a command on the server, by the login shell there. It never asks anybody; where only
+    /// SFTP is allowed, something else than the command may answer, or nothing.
+    pub fn exec(&self, command: &str) -> Result<Stream> {
+        let mut argv = self.shared.common_argv(false);
+        argv.extend(["-o", "ControlMaster=no", "--"].map(OsString::from));
+        argv.push(self.shared.server.host.clone().into());
+        argv.push(command.into());
+        let explain = |ending: &Ending| ending.error(Kind::Unsupported, "ssh");
+        command::start(&argv, Box::new(explain))
+    }
 }
 
 impl Shared {

@@ -4,6 +4,7 @@ pub mod engine; //     the SFTP client over one stream: many requests in flight
 mod files; //          what can be done to files of an SFTP server
 mod growth; //         how many sessions a link asks for
 pub mod lanes; //      the sessions with one server: which carries what, and anew when one breaks
+pub mod lean_copy; //  a sparse copy made by the server takes the place of the image
 pub mod lease; //      who may write
 pub mod local; //      a file here
 mod packets; //        packets onto a stream and off it
@@ -13,6 +14,7 @@ mod transfer; //       reads and writes of any length, cut into chunks
 mod unsynced; //       what was written since the last flush
 mod verdict; //        what a reply means
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -118,6 +120,39 @@ pub trait Store: Send + Sync {
     /// Bytes that the image takes on its filesystem; `None` when the server does not tell.
     fn stored(&self) -> Result<Option<u64>> {
         Ok(None)
+    }
+
+    /// Has the server copy these ranges of the image into a fresh sparse file, which then takes the
+    /// place of the image: what lies between them becomes a hole. No data cross the link. The image
+    /// must not be open for writing, and the lease must be held.
+    ///
+    /// [`Kind::Unsupported`] where the server cannot; then, as after any other error, the image is
+    /// what it was.
+    fn copy_lean(&self, plan: &lean_copy::Plan<'_>) -> Result<()> {
+        let _ = plan;
+        Err(Error::new(Kind::Unsupported, "the image is a local file"))
+    }
+
+    /// Where the image holds something, ascending: the rest are holes. `None` when that is not known.
+    fn data_ranges(&self) -> Result<Option<Vec<Range<u64>>>> {
+        Ok(None)
+    }
+
+    /// The file beside this one with `suffix` added to its name, as an image of its own. What both
+    /// send goes over the same sessions.
+    fn beside(&self, suffix: &str) -> Result<Arc<dyn Store>> {
+        let why = format!("there is nothing beside this image, nor {suffix}");
+        Err(Error::new(Kind::Unsupported, why))
+    }
+
+    /// Gives the file with the suffix `from` the name with the suffix `to` (none is the image
+    /// itself), in place of what has that name.
+    ///
+    /// [`Kind::NotFound`] when there is no such file. On a server that cannot rename over a file,
+    /// neither has the name for a moment.
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let why = format!("rename {from} to {to}");
+        Err(Error::new(Kind::Unsupported, why))
     }
 
     /// `None` when the server does not tell.

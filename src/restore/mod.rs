@@ -37,7 +37,7 @@ use crate::error::Result;
 use crate::progress::Monitor;
 
 pub use apply::Shortfall;
-pub use mounted::MountedTree;
+pub use mounted::{Footprint, MountedTree};
 pub use outcome::{Failure, LISTED_MAX, Listed, Outcome};
 pub use source::{Attribute, Content, Entry, FileKind, HERE, Metadata, Piece, Source, Time};
 pub use target::TEMPORARY_PREFIX;

@@ -52,6 +52,20 @@ impl MountedTree {
         })
     }
 
+    /// What a file takes on the disk, and by how many names.
+    pub fn footprint(&self, name: &[u8]) -> Result<Footprint> {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let stat = rustix::fs::statx(self.way.here(), name, flags, StatxFlags::BASIC_STATS)
+            .attempt(|| format!("examine {}", show(name)))?;
+        let mode = u32::from(stat.stx_mode);
+        Ok(Footprint {
+            inode: stat.stx_ino,
+            links: stat.stx_nlink,
+            stored: stat.stx_blocks * 512,
+            is_directory: FileType::from_raw_mode(mode) == FileType::Directory,
+        })
+    }
+
     /// A path to `name` for the calls that know no directory descriptors. The descriptor pins the
     /// directory, and a last component that is a symbolic link is not followed by `l*xattr`.
     fn path_of(&self, name: &[u8]) -> Vec<u8> {
@@ -59,6 +73,17 @@ impl MountedTree {
         path.extend_from_slice(name);
         path
     }
+}
+
+/// What a file takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    pub inode: u64,
+    /// Names in the whole filesystem; of a directory other things.
+    pub links: u32,
+    /// Bytes on the disk.
+    pub stored: u64,
+    pub is_directory: bool,
 }
 
 impl Source for MountedTree {

@@ -52,6 +52,38 @@ impl Ext4View {
         Ok(names)
     }
 
+    /// Names in the directory at `path` (from the root) and whether each is a directory, without
+    /// `.` and `..`.
+    pub fn entries(&self, path: &[u8]) -> Result<Vec<(Vec<u8>, bool)>> {
+        let shown = || String::from_utf8_lossy(path).into_owned();
+        let doing = || format!("list {} in the image", shown());
+        let mut at = b"/".to_vec();
+        at.extend(path);
+        let at = PathBuf::try_from(at).map_err(|e| Error::new(Kind::Corrupt, e.to_string()));
+        let entries = self.filesystem.read_dir(&at.attempt(doing)?);
+        let mut found = Vec::new();
+        for entry in entries.map_err(translated).attempt(doing)? {
+            let entry = entry.map_err(translated).attempt(doing)?;
+            let name = entry.file_name().as_ref().to_vec();
+            let kind = entry.file_type().map_err(translated).attempt(doing)?;
+            if name != b"." && name != b".." {
+                found.push((name, kind.is_dir()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether there is anything at `path` (from the root), also a link that leads nowhere.
+    pub fn exists(&self, path: &str) -> Result<bool> {
+        let doing = || format!("look for {path} in the image");
+        let at = rooted(path).attempt(doing)?;
+        match self.filesystem.symlink_metadata(&at) {
+            Ok(_) => Ok(true),
+            Err(Ext4Error::NotFound) => Ok(false),
+            Err(error) => Err(translated(error)).attempt(doing),
+        }
+    }
+
     /// A small file, whole.
     pub fn read(&self, path: &str) -> Result<Vec<u8>> {
         let doing = || format!("read {path} in the image");

@@ -19,6 +19,8 @@
 
 mod client;
 mod close;
+mod fsck;
+mod grow;
 mod keeping;
 mod mounts;
 mod server;
@@ -29,7 +31,9 @@ pub mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
 pub use close::{Closed, close_mount};
-pub use mounts::enter_private;
+pub use fsck::{Fscked, fsck};
+pub use grow::{fill_mounted, fill_unmounted};
+pub use mounts::{PublicMount, enter_private, public_mount};
 pub use server::serve;
 pub use wire::{LinkDown, Place, Plan, Status};
 

@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::error::{Attempt, Error, Kind, Result, Told};
+use crate::export::FILE_NAME;
 use crate::host::{self, Means, Private, View, mount, mount_table, runtime_directory};
+use crate::location::Location;
 
 const STATE: &str = "state.json";
 const CONTROL: &str = "control";
@@ -100,6 +102,31 @@ pub(super) fn all() -> Result<Vec<(PathBuf, Mount)>> {
         }
     }
     Ok(mounts)
+}
+
+/// A public mount of this user that is served: where, and the file of its volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicMount {
+    pub mountpoint: PathBuf,
+    pub volume: PathBuf,
+    pub read_only: bool,
+}
+
+/// The public mount of the image at `location`, if this user has one.
+pub fn public_mount(location: &Location) -> Result<Option<PublicMount>> {
+    let same = |other: &str| match (location, other.parse()) {
+        (Location::Local(ours), Ok(Location::Local(theirs))) => fs::canonicalize(ours)
+            .is_ok_and(|ours| fs::canonicalize(theirs).is_ok_and(|t| t == ours)),
+        (_, other) => other.as_ref() == Ok(location),
+    };
+    let found = all()?.into_iter().find(|(session, mount)| {
+        same(&mount.location) && UnixStream::connect(control_path(session)).is_ok()
+    });
+    Ok(found.map(|(session, mount)| PublicMount {
+        mountpoint: mount.mountpoint,
+        volume: session.join(FUSE).join(FILE_NAME),
+        read_only: mount.read_only,
+    }))
 }
 
 /// Moves this process into a mount namespace of its own, without the public mounts of this user in

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-use super::{DIRECTORY, INFLIGHT, Id, RECORD, Record};
+use super::{DELETING, DIRECTORY, INFLIGHT, Id, PIN, RECORD, Record};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::restore::Ext4View;
 
@@ -56,6 +56,8 @@ impl Files for Ext4View {
 pub struct Found {
     pub id: Id,
     pub record: Record,
+    /// No policy deletes it.
+    pub pinned: bool,
 }
 
 /// What is there, oldest first.
@@ -64,6 +66,8 @@ pub struct Catalogue {
     pub complete: Vec<Found>,
     /// Interrupted, or running now.
     pub inflight: Vec<Id>,
+    /// What is left of snapshots that were being deleted.
+    pub deleting: Vec<Id>,
     /// Trees without a usable record, and records without a tree, with the reason.
     pub damaged: Vec<(Id, Error)>,
 }
@@ -74,6 +78,7 @@ impl Catalogue {
         struct Parts {
             tree: bool,
             record: bool,
+            pin: bool,
         }
         let mut catalogue = Catalogue::default();
         let mut parts: BTreeMap<Id, Parts> = BTreeMap::new();
@@ -87,13 +92,20 @@ impl Catalogue {
                 parts.entry(id).or_default().record = true;
             } else if let Some(Ok(id)) = name.strip_suffix(INFLIGHT).map(str::parse) {
                 catalogue.inflight.push(id);
+            } else if let Some(Ok(id)) = name.strip_suffix(DELETING).map(str::parse) {
+                catalogue.deleting.push(id);
+            } else if let Some(Ok(id)) = name.strip_suffix(PIN).map(str::parse) {
+                parts.entry(id).or_default().pin = true;
             }
         }
         catalogue.inflight.sort();
+        catalogue.deleting.sort();
         for (id, parts) in parts {
             if !parts.tree {
-                // A run that ended between writing its record and publishing its tree.
-                if !catalogue.inflight.contains(&id) {
+                // A run that ended between writing its record and publishing its tree, or between
+                // putting a tree aside and removing its record.
+                let between = [&catalogue.inflight, &catalogue.deleting];
+                if parts.record && !between.iter().any(|ids| ids.contains(&id)) {
                     let why = Error::new(Kind::Corrupt, format!("the tree of {id} is missing"));
                     catalogue.damaged.push((id, why));
                 }
@@ -109,7 +121,11 @@ impl Catalogue {
                 )),
             };
             match record {
-                Ok(record) => catalogue.complete.push(Found { id, record }),
+                Ok(record) => catalogue.complete.push(Found {
+                    id,
+                    record,
+                    pinned: parts.pin,
+                }),
                 Err(why) => catalogue.damaged.push((id, why)),
             }
         }
@@ -126,6 +142,7 @@ impl Catalogue {
         let complete = self.complete.iter().map(|f| f.id);
         complete
             .chain(self.inflight.iter().copied())
+            .chain(self.deleting.iter().copied())
             .chain(self.damaged.iter().map(|d| d.0))
             .max()
     }
@@ -233,6 +250,10 @@ mod tests {
             ("2026-11-23T01-00-00Z", ""),
             ("2026-11-24T01-00-00Z.inflight", ""),
             ("2026-11-24T01-00-00Z.json", "good"),
+            ("2026-11-19T01-00-00Z.deleting", ""),
+            ("2026-11-19T01-00-00Z.json", "good"),
+            ("2026-11-18T01-00-00Z.pinned", ""),
+            ("2026-11-20T01-00-00Z.pinned", ""),
             ("notes.txt", ""),
         ];
         Catalogue::load(&mut Fake(files.into_iter().collect())).expect("loads")
@@ -249,6 +270,9 @@ mod tests {
         assert_eq!(ids, ["2026-11-20T01-00-00Z", "2026-11-21T01-00-00Z"]);
         assert_eq!(catalogue.damaged.len(), 2, "{:?}", catalogue.damaged);
         assert_eq!(catalogue.inflight.len(), 1);
+        assert_eq!(catalogue.deleting.len(), 1);
+        let pins: Vec<_> = catalogue.complete.iter().map(|f| f.pinned).collect();
+        assert_eq!(pins, [true, false]);
         assert_eq!(
             catalogue.newest_id().expect("some").to_string(),
             "2026-11-24T01-00-00Z"

@@ -297,6 +297,12 @@ fn publish(root: &Path, snapshots: &Path, id: Id, record: &Record) -> Result<()>
         &snapshots.join(id.to_string()),
     )?;
 
+    point_latest(root, id)?;
+    rustix::fs::syncfs(&directory).attempt(|| "sync the published snapshot")
+}
+
+/// Points `latest` at a snapshot, in one step.
+pub(super) fn point_latest(root: &Path, id: Id) -> Result<()> {
     let link = root.join(format!("{LATEST}.tmp"));
     match fs::remove_file(&link) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -305,11 +311,10 @@ fn publish(root: &Path, snapshots: &Path, id: Id, record: &Record) -> Result<()>
         _ => {}
     }
     symlink(format!("{DIRECTORY}/{id}"), &link).attempt(|| format!("create {}", link.display()))?;
-    rename(&link, &root.join(LATEST))?;
-    rustix::fs::syncfs(&directory).attempt(|| "sync the published snapshot")
+    rename(&link, &root.join(LATEST))
 }
 
-fn rename(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).attempt(|| format!("rename {} to {}", from.display(), to.display()))
 }
 

@@ -48,6 +48,7 @@ pub struct Terminal {
 struct State {
     bar: ProgressBar,
     began: Instant,
+    phase_began: Instant,
     said: Instant,
     phase: &'static str,
     progress: Progress,
@@ -64,6 +65,7 @@ impl Terminal {
         let state = State {
             bar,
             began: now,
+            phase_began: now,
             said: now,
             phase: "",
             progress: Progress::default(),
@@ -72,6 +74,12 @@ impl Terminal {
             style,
             state: Mutex::new(state),
         }
+    }
+
+    /// Prints something while the bar is out of the way.
+    pub fn suspend(&self, print: impl FnOnce()) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.bar.suspend(print);
     }
 
     /// Takes the bar away; what follows is the result.
@@ -99,6 +107,8 @@ impl Monitor for Terminal {
             },
             Event::Phase(phase) => {
                 state.phase = phase;
+                state.phase_began = Instant::now();
+                state.progress.bytes_total = None;
                 self.show(&mut state);
             }
             Event::Progress(progress) => {
@@ -133,6 +143,8 @@ impl Terminal {
                         "message_type": "status", "phase": state.phase,
                         "seconds_elapsed": state.began.elapsed().as_secs(),
                         "files_done": p.files, "total_files": p.files_total, "bytes_done": p.bytes,
+                        "total_bytes": p.bytes_total,
+                        "seconds_remaining": remaining(state).map(|left| left.as_secs()),
                         "bytes_owed": p.owed, "bytes_sent": p.sent,
                         "link_down_seconds": link_down(p.link),
                     })
@@ -156,10 +168,22 @@ fn merged(old: Progress, new: Progress) -> Progress {
         files: new.files.or(old.files),
         files_total: new.files_total.or(old.files_total),
         bytes: new.bytes.or(old.bytes),
+        bytes_total: new.bytes_total.or(old.bytes_total),
         owed: new.owed.or(old.owed),
         sent: new.sent.or(old.sent),
         link: new.link.or(old.link),
     }
+}
+
+/// What the phase will take yet, if it goes on as it has gone.
+fn remaining(state: &State) -> Option<Duration> {
+    let (done, total) = (state.progress.bytes?, state.progress.bytes_total?);
+    let elapsed = state.phase_began.elapsed().as_secs_f64();
+    if done == 0 || elapsed < 1.0 {
+        return None;
+    }
+    let left = total.saturating_sub(done) as f64;
+    Duration::try_from_secs_f64(elapsed / done as f64 * left).ok()
 }
 
 fn sentence(state: &State) -> String {
@@ -171,7 +195,14 @@ fn sentence(state: &State) -> String {
         (Some(done), None) => parts.push(format!("{done} files")),
         _ => {}
     }
-    if let Some(done) = p.bytes {
+    if let (Some(done), Some(total)) = (p.bytes, p.bytes_total) {
+        parts.push(format!("{} of {}", Bytes(done), Bytes(total)));
+        let rate = done as f64 / state.phase_began.elapsed().as_secs_f64().max(0.001);
+        parts.push(format!("{}/s", Bytes(rate as u64)));
+        if let Some(left) = remaining(state) {
+            parts.push(format!("{} left", show_duration(left)));
+        }
+    } else if let Some(done) = p.bytes {
         parts.push(format!("{} copied", Bytes(done)));
         let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
         parts.push(format!("{}/s", Bytes(rate as u64)));
@@ -203,6 +234,7 @@ mod tests {
         let mut state = State {
             bar: ProgressBar::hidden(),
             began: Instant::now(),
+            phase_began: Instant::now(),
             said: Instant::now(),
             phase: "copy",
             progress: Progress::default(),
@@ -223,6 +255,27 @@ mod tests {
             attempts: 2,
         });
         assert!(sentence(&state).ends_with(", link down for 12 s, attempt 3"));
+    }
+
+    #[test]
+    fn what_is_left_is_guessed_from_what_the_phase_has_done() {
+        let mut state = State {
+            bar: ProgressBar::hidden(),
+            began: Instant::now(),
+            phase_began: Instant::now() - Duration::from_secs(30),
+            said: Instant::now(),
+            phase: "read",
+            progress: Progress {
+                bytes: Some(25 << 20),
+                bytes_total: Some(100 << 20),
+                ..Progress::default()
+            },
+        };
+        assert_eq!(remaining(&state).map(|left| left.as_secs()), Some(90));
+        assert!(sentence(&state).contains("25.0 MiB of 100.0 MiB, "));
+        assert!(sentence(&state).ends_with("1 min 30 s left"));
+        state.progress.bytes = Some(0);
+        assert_eq!(remaining(&state), None);
     }
 
     #[test]

@@ -179,6 +179,11 @@ impl Running {
         self.child.id()
     }
 
+    /// Where its standard error goes while it runs.
+    pub fn stderr_path(&self) -> PathBuf {
+        self.stderr.clone()
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal);
     }

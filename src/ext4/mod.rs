@@ -1,0 +1,760 @@
+//! Which blocks of an ext4 hold something: read from its superblock, group descriptors and block
+//! bitmaps, while nobody has it mounted.
+//!
+//! Whoever acts on this gives blocks away for good, so nothing is believed without its checksum:
+//! a filesystem without `metadata_csum`, one that was not closed, one with a feature that moves
+//! things elsewhere, a checksum or a count that is wrong: all are refused, never guessed.
+//!
+//! Layout: Linux, `Documentation/filesystems/ext4`; checksums are CRC-32C without the final
+//! inversion.
+
+mod files;
+
+use std::fmt;
+use std::ops::Range;
+
+pub use files::{Piece, pieces};
+
+/// Why it cannot be told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    NotExt4,
+    /// It has to be mounted and unmounted, or repaired, first.
+    NotClosed,
+    HasErrors,
+    Unsupported(String),
+    Damaged(String),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::NotExt4 => f.write_str("the volume holds no ext4"),
+            Fault::NotClosed => f.write_str("the filesystem was not unmounted in order"),
+            Fault::HasErrors => f.write_str("the filesystem has noted errors"),
+            Fault::Unsupported(what) => write!(f, "the filesystem has {what}"),
+            Fault::Damaged(what) => write!(f, "the filesystem is damaged: {what}"),
+        }
+    }
+}
+
+/// Reads a range of the volume, by its offset in bytes.
+pub type Read<'a, E> = &'a mut dyn FnMut(u64, &mut [u8]) -> Result<(), E>;
+
+/// Runs of bytes of the volume, ascending, neither touching nor overlapping.
+pub type Ranges = Vec<Range<u64>>;
+
+/// What is where, in bytes of the volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Map {
+    /// Bytes of the filesystem.
+    pub size: u64,
+    /// Bytes of blocks that are allocated.
+    pub used: u64,
+    /// May hold what nobody needs any more: free blocks of groups that were in use, and the journal
+    /// without its first block, which a closed filesystem does not read.
+    pub free: Ranges,
+    /// All that may have to be read again. What is in neither was never written.
+    pub live: Ranges,
+}
+
+const INCOMPAT_RECOVER: u32 = 0x4;
+const INCOMPAT_EXTENTS: u32 = 0x40;
+const INCOMPAT_64BIT: u32 = 0x80;
+const INCOMPAT_CSUM_SEED: u32 = 0x2000;
+/// filetype, recover, extents, 64bit, ea_inode, flex_bg, csum_seed, large_dir, inline_data, encrypt,
+/// casefold.
+const INCOMPAT_KNOWN: u32 = 0x2 | 0x4 | 0x40 | 0x80 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x3_8000;
+/// All but bigalloc (0x200), replica, read-only and shared blocks.
+const RO_COMPAT_KNOWN: u32 = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x40 | 0x100 | 0x400 | 0x2000 | 0x8000;
+const RO_COMPAT_SPARSE_SUPER: u32 = 0x1;
+const RO_COMPAT_METADATA_CSUM: u32 = 0x400;
+const COMPAT_HAS_JOURNAL: u32 = 0x4;
+const COMPAT_SPARSE_SUPER2: u32 = 0x200;
+const STATE_ERRORS: u16 = 0x2;
+
+const INODE_UNINIT: u16 = 0x1;
+const BLOCK_UNINIT: u16 = 0x2;
+const INODE_ZEROED: u16 = 0x4;
+
+const JOURNAL_MAGIC: u32 = 0xC03B_3998;
+const EXTENT_MAGIC: u16 = 0xF30A;
+
+/// Reads that are this close to each other become one, up to [`RUN_MAX`].
+const GAP_BLOCKS: u64 = 16;
+const RUN_MAX: u64 = 1 << 20;
+
+/// Reads the map. `E` is how reading fails.
+pub fn map<E>(read: Read<'_, E>, volume_size: u64) -> Result<Result<Map, Fault>, E> {
+    let (fs, groups) = match descriptors(read, volume_size)? {
+        Ok(both) => both,
+        Err(fault) => return Ok(Err(fault)),
+    };
+    let mut taken: Vec<Range<u64>> = Vec::new();
+    if let Err(fault) = read_bitmaps(&fs, &groups, read, &mut taken)? {
+        return Ok(Err(fault));
+    }
+    let journal = read_journal(&fs, &groups, read)?;
+    Ok(Ok(assemble(&fs, &groups, taken, journal)))
+}
+
+/// The superblock and the descriptors of all groups, proved by their checksums.
+fn descriptors<E>(
+    read: Read<'_, E>,
+    volume_size: u64,
+) -> Result<Result<(Superblock, Vec<Group>), Fault>, E> {
+    let mut sb = vec![0; 1024];
+    if volume_size < 4096 {
+        return Ok(Err(Fault::NotExt4));
+    }
+    read(1024, &mut sb)?;
+    let fs = match Superblock::parse(&sb, volume_size) {
+        Ok(fs) => fs,
+        Err(fault) => return Ok(Err(fault)),
+    };
+    let mut table = vec![0; fs.groups as usize * fs.descriptor_size];
+    let at = (fs.first_block + 1) * fs.block;
+    for (i, part) in table.chunks_mut(RUN_MAX as usize).enumerate() {
+        read(at + i as u64 * RUN_MAX, part)?;
+    }
+    Ok(fs.parse_groups(&table).map(|groups| (fs, groups)))
+}
+
+/// Bytes of the filesystem that begins with these 2048 bytes, closed or not; `None`: it is no ext4,
+/// or its superblock is damaged.
+pub fn size(begin: &[u8; 2048]) -> Option<u64> {
+    let sb = &begin[1024..];
+    let sound = u32_at(sb, 0x64) & RO_COMPAT_METADATA_CSUM == 0
+        || crc32c(!0, &sb[..0x3FC]) == u32_at(sb, 0x3FC);
+    let large = u32_at(sb, 0x60) & INCOMPAT_64BIT != 0;
+    let high = if large {
+        u64::from(u32_at(sb, 0x150))
+    } else {
+        0
+    };
+    let blocks = u64::from(u32_at(sb, 0x04)) | high << 32;
+    let log = u32_at(sb, 0x18);
+    (u16_at(sb, 0x38) == 0xEF53 && sound && log <= 6).then(|| blocks.saturating_mul(1024 << log))
+}
+
+struct Superblock {
+    block: u64,
+    blocks: u64,
+    first_block: u64,
+    blocks_per_group: u64,
+    inodes_per_group: u64,
+    inode_size: u64,
+    descriptor_size: usize,
+    groups: u64,
+    reserved_descriptor_blocks: u64,
+    seed: u32,
+    journal: Option<u32>,
+    sparse_super: bool,
+}
+
+struct Group {
+    flags: u16,
+    block_bitmap: u64,
+    inode_bitmap: u64,
+    inode_table: u64,
+    free_blocks: u64,
+    inodes_unused: u64,
+    bitmap_checksum: u32,
+    /// Bits of the checksum that are stored.
+    bitmap_checksum_mask: u32,
+}
+
+impl Superblock {
+    fn parse(sb: &[u8], volume_size: u64) -> Result<Superblock, Fault> {
+        let unsupported = |what: &str| Err(Fault::Unsupported(what.into()));
+        let damaged = |what: &str| Err(Fault::Damaged(what.into()));
+        if u16_at(sb, 0x38) != 0xEF53 {
+            return Err(Fault::NotExt4);
+        }
+        let (compat, incompat) = (u32_at(sb, 0x5C), u32_at(sb, 0x60));
+        let ro_compat = u32_at(sb, 0x64);
+        if ro_compat & RO_COMPAT_METADATA_CSUM == 0 || sb[0x175] != 1 {
+            return unsupported("no checksums of its metadata (metadata_csum)");
+        }
+        if crc32c(!0, &sb[..0x3FC]) != u32_at(sb, 0x3FC) {
+            return damaged("the checksum of the superblock is wrong");
+        }
+        if incompat & INCOMPAT_RECOVER != 0 || ro_compat & 0x1_0000 != 0 {
+            return Err(Fault::NotClosed);
+        }
+        if u16_at(sb, 0x3A) & STATE_ERRORS != 0 {
+            return Err(Fault::HasErrors);
+        }
+        let strange = (incompat & !INCOMPAT_KNOWN, ro_compat & !RO_COMPAT_KNOWN);
+        if strange != (0, 0) || incompat & INCOMPAT_EXTENTS == 0 {
+            return Err(Fault::Unsupported(format!(
+                "features that this program does not know (incompat {:#x}, ro_compat {:#x})",
+                strange.0, strange.1
+            )));
+        }
+        if compat & COMPAT_SPARSE_SUPER2 != 0 {
+            return unsupported("the feature sparse_super2");
+        }
+        let large = incompat & INCOMPAT_64BIT != 0;
+        let wide = |low: usize, high: usize| {
+            u64::from(u32_at(sb, low))
+                | if large {
+                    u64::from(u32_at(sb, high)) << 32
+                } else {
+                    0
+                }
+        };
+        let log = u32_at(sb, 0x18);
+        let descriptor_size = if large {
+            usize::from(u16_at(sb, 0xFE))
+        } else {
+            32
+        };
+        let fs = Superblock {
+            block: 1024 << log.min(10),
+            blocks: wide(0x04, 0x150),
+            first_block: u64::from(u32_at(sb, 0x14)),
+            blocks_per_group: u64::from(u32_at(sb, 0x20)),
+            inodes_per_group: u64::from(u32_at(sb, 0x28)),
+            inode_size: u64::from(u16_at(sb, 0x58)),
+            descriptor_size,
+            groups: 0,
+            reserved_descriptor_blocks: u64::from(u16_at(sb, 0xCE)),
+            seed: match incompat & INCOMPAT_CSUM_SEED {
+                0 => crc32c(!0, &sb[0x68..0x78]),
+                _ => u32_at(sb, 0x270),
+            },
+            journal: (compat & COMPAT_HAS_JOURNAL != 0).then(|| u32_at(sb, 0xE0)),
+            sparse_super: ro_compat & RO_COMPAT_SPARSE_SUPER != 0,
+        };
+        let sane = log <= 6
+            && fs.blocks_per_group > 0
+            && fs.blocks_per_group == fs.block * 8
+            && (1..=fs.block * 8).contains(&fs.inodes_per_group)
+            && (128..=fs.block).contains(&fs.inode_size)
+            && [32, 64].contains(&fs.descriptor_size)
+            && fs.blocks > fs.first_block
+            && fs.blocks <= volume_size / fs.block
+            && fs.first_block == u64::from(fs.block == 1024);
+        if !sane {
+            return damaged("its geometry makes no sense");
+        }
+        let groups = (fs.blocks - fs.first_block).div_ceil(fs.blocks_per_group);
+        Ok(Superblock { groups, ..fs })
+    }
+
+    fn parse_groups(&self, table: &[u8]) -> Result<Vec<Group>, Fault> {
+        let mut groups = Vec::with_capacity(self.groups as usize);
+        for (number, raw) in table.chunks_exact(self.descriptor_size).enumerate() {
+            let mut sum = crc32c(self.seed, &(number as u32).to_le_bytes());
+            sum = crc32c(sum, &raw[..0x1E]);
+            sum = crc32c(sum, &[0, 0]);
+            sum = crc32c(sum, &raw[0x20..]);
+            let damaged = |what: &str| Fault::Damaged(format!("group {number}: {what}"));
+            if sum as u16 != u16_at(raw, 0x1E) {
+                return Err(damaged("the checksum of its descriptor is wrong"));
+            }
+            let large = raw.len() >= 64;
+            let wide = |low: usize, high: usize| {
+                let high = if large {
+                    u64::from(u32_at(raw, high))
+                } else {
+                    0
+                };
+                u64::from(u32_at(raw, low)) | high << 32
+            };
+            let count = |low: usize, high: usize| {
+                let high = if large {
+                    u64::from(u16_at(raw, high))
+                } else {
+                    0
+                };
+                u64::from(u16_at(raw, low)) | high << 16
+            };
+            let group = Group {
+                flags: u16_at(raw, 0x12),
+                block_bitmap: wide(0x00, 0x20),
+                inode_bitmap: wide(0x04, 0x24),
+                inode_table: wide(0x08, 0x28),
+                free_blocks: count(0x0C, 0x2C),
+                inodes_unused: count(0x1C, 0x32),
+                bitmap_checksum: count(0x18, 0x38) as u32,
+                bitmap_checksum_mask: if large { !0 } else { 0xFFFF },
+            };
+            let table_end = group.inode_table.saturating_add(self.inode_table_blocks());
+            let last = group.block_bitmap.max(group.inode_bitmap).max(table_end);
+            if last > self.blocks || group.inodes_unused > self.inodes_per_group {
+                return Err(damaged("its tables lie beyond the end"));
+            }
+            groups.push(group);
+        }
+        Ok(groups)
+    }
+
+    fn inode_table_blocks(&self) -> u64 {
+        (self.inodes_per_group * self.inode_size).div_ceil(self.block)
+    }
+
+    /// The blocks of a group.
+    fn group_blocks(&self, number: u64) -> Range<u64> {
+        let start = self.first_block + number * self.blocks_per_group;
+        start..(start + self.blocks_per_group).min(self.blocks)
+    }
+
+    /// Copies of the superblock and the descriptors are in groups 0, 1 and powers of 3, 5 and 7.
+    fn has_copy(&self, number: u64) -> bool {
+        let power_of = |base: u64| {
+            let mut power = base;
+            while power < number {
+                power *= base;
+            }
+            power == number
+        };
+        !self.sparse_super || number < 2 || [3, 5, 7].into_iter().any(power_of)
+    }
+}
+
+/// Adds the runs of allocated blocks of all groups that have a bitmap.
+fn read_bitmaps<E>(
+    fs: &Superblock,
+    groups: &[Group],
+    read: Read<'_, E>,
+    taken: &mut Vec<Range<u64>>,
+) -> Result<Result<(), Fault>, E> {
+    let mut wanted: Vec<(u64, u64)> = (0..)
+        .zip(groups)
+        .filter(|(_, group)| group.flags & BLOCK_UNINIT == 0)
+        .map(|(number, group)| (group.block_bitmap, number))
+        .collect();
+    wanted.sort_unstable();
+    let mut rest = &wanted[..];
+    let mut buffer = Vec::new();
+    while let Some((first, _)) = rest.first().copied() {
+        // Bitmaps lie side by side, so few large reads fetch them all.
+        let mut count = 1;
+        while let (Some(this), Some(next)) = (rest.get(count - 1), rest.get(count))
+            && next.0 - this.0 <= GAP_BLOCKS
+            && (next.0 + 1 - first) * fs.block <= RUN_MAX
+        {
+            count += 1;
+        }
+        let last = rest[count - 1].0;
+        buffer.resize(((last + 1 - first) * fs.block) as usize, 0);
+        read(first * fs.block, &mut buffer)?;
+        for (block, number) in &rest[..count] {
+            let at = ((block - first) * fs.block) as usize;
+            let bitmap = &buffer[at..at + fs.block as usize];
+            if let Err(fault) = read_bitmap(fs, *number, &groups[*number as usize], bitmap, taken) {
+                return Ok(Err(fault));
+            }
+        }
+        rest = &rest[count..];
+    }
+    Ok(Ok(()))
+}
+
+fn read_bitmap(
+    fs: &Superblock,
+    number: u64,
+    group: &Group,
+    bitmap: &[u8],
+    taken: &mut Vec<Range<u64>>,
+) -> Result<(), Fault> {
+    let damaged = |what: &str| Fault::Damaged(format!("group {number}: {what}"));
+    let sum = crc32c(fs.seed, &bitmap[..(fs.blocks_per_group / 8) as usize]);
+    if sum & group.bitmap_checksum_mask != group.bitmap_checksum {
+        return Err(damaged("the checksum of its block bitmap is wrong"));
+    }
+    let blocks = fs.group_blocks(number);
+    let mut free = 0;
+    for block in blocks.clone() {
+        let bit = (block - blocks.start) as usize;
+        if bitmap[bit / 8] >> (bit % 8) & 1 == 0 {
+            free += 1;
+            continue;
+        }
+        match taken.last_mut() {
+            Some(run) if run.end == block => run.end += 1,
+            _ => taken.push(block..block + 1),
+        }
+    }
+    match free == group.free_blocks {
+        true => Ok(()),
+        false => Err(damaged("its count of free blocks is wrong")),
+    }
+}
+
+/// The blocks of the journal after its first, if it is as simple as mkfs makes it and closed.
+fn read_journal<E>(
+    fs: &Superblock,
+    groups: &[Group],
+    read: Read<'_, E>,
+) -> Result<Vec<Range<u64>>, E> {
+    let Some(number) = fs.journal.filter(|number| *number > 0) else {
+        return Ok(Vec::new());
+    };
+    let index = u64::from(number) - 1;
+    let Some(group) = groups.get((index / fs.inodes_per_group) as usize) else {
+        return Ok(Vec::new());
+    };
+    let at = group.inode_table * fs.block + index % fs.inodes_per_group * fs.inode_size;
+    let mut inode = vec![0; fs.inode_size as usize];
+    read(at, &mut inode)?;
+    let Some(extents) = journal_extents(fs, number, &inode) else {
+        return Ok(Vec::new());
+    };
+    let mut head = [0; 32];
+    match extents.first() {
+        Some(first) => read(first.start * fs.block, &mut head)?,
+        None => return Ok(Vec::new()),
+    }
+    let word = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    // No transaction is waiting (jbd2, `s_start`).
+    if word(0) != JOURNAL_MAGIC || word(0x1C) != 0 {
+        return Ok(Vec::new());
+    }
+    let mut runs = extents;
+    runs[0].start += 1;
+    runs.retain(|run| !run.is_empty());
+    Ok(runs)
+}
+
+/// The extents of the journal's inode, in the order of the file; `None` in any doubt.
+fn journal_extents(fs: &Superblock, number: u32, inode: &[u8]) -> Option<Vec<Range<u64>>> {
+    let mut plain = inode.to_vec();
+    plain[0x7C..0x7E].fill(0);
+    let extended = inode.len() > 0x84 && u16_at(inode, 0x80) >= 4;
+    if extended {
+        plain[0x82..0x84].fill(0);
+    }
+    let mut sum = crc32c(fs.seed, &number.to_le_bytes());
+    sum = crc32c(sum, &inode[0x64..0x68]);
+    sum = crc32c(sum, &plain);
+    let high = if extended {
+        u32::from(u16_at(inode, 0x82))
+    } else {
+        sum >> 16
+    };
+    if sum != u32::from(u16_at(inode, 0x7C)) | high << 16 {
+        return None;
+    }
+    let tree = &inode[0x28..0x64];
+    let (entries, depth) = (usize::from(u16_at(tree, 2)), u16_at(tree, 6));
+    if u16_at(tree, 0) != EXTENT_MAGIC || depth != 0 || !(1..=4).contains(&entries) {
+        return None;
+    }
+    let mut runs = Vec::new();
+    let mut next = 0;
+    for raw in tree[12..12 + entries * 12].chunks_exact(12) {
+        let (logical, len) = (u64::from(u32_at(raw, 0)), u64::from(u16_at(raw, 4)));
+        let start = u64::from(u16_at(raw, 6)) << 32 | u64::from(u32_at(raw, 8));
+        // More than 32768 means unwritten, which a journal is not.
+        if logical != next || len == 0 || len > 32768 || start + len > fs.blocks {
+            return None;
+        }
+        next += len;
+        runs.push(start..start + len);
+    }
+    let size = u64::from(u32_at(inode, 0x04)) | u64::from(u32_at(inode, 0x6C)) << 32;
+    (size == next * fs.block).then_some(runs)
+}
+
+fn assemble(
+    fs: &Superblock,
+    groups: &[Group],
+    taken: Vec<Range<u64>>,
+    journal: Vec<Range<u64>>,
+) -> Map {
+    let taken = merged(taken);
+    let journal = merged(journal);
+    let mut known: Vec<Range<u64>> = Vec::new();
+    let mut tables: Vec<Range<u64>> = Vec::new();
+    let mut live: Vec<Range<u64>> = Vec::new();
+    let descriptors = (fs.groups * fs.descriptor_size as u64).div_ceil(fs.block);
+    // Blocks of 1 KiB: the first belongs to no group.
+    let mut used = fs.first_block;
+    for (number, group) in (0..).zip(groups) {
+        let blocks = fs.group_blocks(number);
+        used += (blocks.end - blocks.start).saturating_sub(group.free_blocks);
+        if group.flags & BLOCK_UNINIT == 0 {
+            known.push(blocks.clone());
+            live.push(group.block_bitmap..group.block_bitmap + 1);
+        }
+        if group.flags & INODE_UNINIT == 0 {
+            live.push(group.inode_bitmap..group.inode_bitmap + 1);
+        }
+        if fs.has_copy(number) {
+            let end = blocks.start + 1 + descriptors + fs.reserved_descriptor_blocks;
+            live.push(blocks.start..end.min(blocks.end));
+        }
+        let whole = group.inode_table..group.inode_table + fs.inode_table_blocks();
+        let inodes = match (group.flags & INODE_ZEROED, group.flags & INODE_UNINIT) {
+            // Somebody may count on the zeros behind them.
+            (1.., _) => fs.inodes_per_group,
+            (0, 0) => fs.inodes_per_group - group.inodes_unused,
+            (0, _) => 0,
+        };
+        let written = (inodes * fs.inode_size).div_ceil(fs.block);
+        live.push(whole.start..whole.start + written);
+        tables.push(whole);
+        tables.push(group.block_bitmap..group.block_bitmap + 1);
+        tables.push(group.inode_bitmap..group.inode_bitmap + 1);
+    }
+    // Tables are allocated from the beginning and written as they fill.
+    let data = without(&without(&taken, &merged(tables)), &journal);
+    live.extend(data);
+    live.retain(|run| !run.is_empty());
+    let mut free = without(&merged(known), &taken);
+    // Only what is allocated, and so the journal's.
+    free.extend(intersection(&journal, &taken));
+    let live = merged(live);
+    let free = without(&merged(free), &live);
+    let bytes = |runs: Ranges| -> Ranges {
+        let scaled = runs
+            .into_iter()
+            .map(|r| r.start * fs.block..r.end * fs.block);
+        scaled.collect()
+    };
+    Map {
+        size: fs.blocks * fs.block,
+        used: used * fs.block,
+        free: bytes(free),
+        live: bytes(live),
+    }
+}
+
+/// Sorts ranges and joins those that touch or overlap.
+pub fn merged(mut ranges: Vec<Range<u64>>) -> Ranges {
+    ranges.sort_unstable_by_key(|range| (range.start, range.end));
+    let mut joined: Ranges = Vec::with_capacity(ranges.len());
+    for range in ranges.into_iter().filter(|range| !range.is_empty()) {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// What of `from` is not in `what`; both merged.
+pub fn without(from: &[Range<u64>], what: &[Range<u64>]) -> Ranges {
+    let mut rest = Ranges::new();
+    let mut what = what.iter().peekable();
+    for range in from {
+        let mut start = range.start;
+        while let Some(cut) = what.peek() {
+            if cut.start >= range.end {
+                break;
+            }
+            if cut.start > start {
+                rest.push(start..cut.start);
+            }
+            start = start.max(cut.end);
+            if cut.end > range.end {
+                break;
+            }
+            what.next();
+        }
+        if start < range.end {
+            rest.push(start..range.end);
+        }
+    }
+    rest
+}
+
+fn intersection(a: &[Range<u64>], b: &[Range<u64>]) -> Ranges {
+    without(a, &without(a, b))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// CRC-32C (Castagnoli), bit by bit in a table, continued from `sum` and not inverted.
+fn crc32c(sum: u32, bytes: &[u8]) -> u32 {
+    const TABLE: [u32; 256] = {
+        let mut table = [0; 256];
+        let mut i = 0;
+        while i < 256 {
+            let mut value = i as u32;
+            let mut bit = 0;
+            while bit < 8 {
+                value = if value & 1 == 1 {
+                    value >> 1 ^ 0x82F6_3B78
+                } else {
+                    value >> 1
+                };
+                bit += 1;
+            }
+            table[i] = value;
+            i += 1;
+        }
+        table
+    };
+    bytes.iter().fold(sum, |sum, byte| {
+        sum >> 8 ^ TABLE[((sum ^ u32::from(*byte)) & 0xFF) as usize]
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // sets of ranges, some with one
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::process::Command;
+
+    fn shell(script: &str) -> String {
+        let path = "/usr/sbin:/usr/bin:/sbin:/bin";
+        let output = Command::new("sh")
+            .args(["-euc", script])
+            .env("PATH", path)
+            .output();
+        let output = output.expect("sh runs");
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn map_of(path: &std::path::Path) -> Result<Map, Fault> {
+        let file = File::open(path).expect("opens");
+        let size = file.metadata().expect("metadata").len();
+        map(
+            &mut |at, into: &mut [u8]| file.read_exact_at(into, at),
+            size,
+        )
+        .expect("reads")
+    }
+
+    #[test]
+    fn the_checksum_is_castagnoli() {
+        assert_eq!(!crc32c(!0, b"123456789"), 0xE306_9283);
+    }
+
+    #[test]
+    fn ranges_are_sets() {
+        let merged = merged(vec![5..7, 0..2, 2..3, 6..9, 4..4]);
+        assert_eq!(merged, [0..3, 5..9]);
+        assert_eq!(without(&merged, &[1..2, 6..7]), [0..1, 2..3, 5..6, 7..9]);
+        assert_eq!(without(&merged, &[0..100]), Ranges::new());
+        assert_eq!(
+            without(&[0..3, 5..9, 12..14], &[2..6, 8..13]),
+            [0..2, 6..8, 13..14]
+        );
+        assert_eq!(intersection(&merged, &[2..6]), [2..3, 5..6]);
+    }
+
+    /// dumpe2fs says which blocks are free; debugfs fills and empties without mounting.
+    #[test]
+    fn what_is_free_is_what_dumpe2fs_says() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let image = dir.path().join("fs");
+        for options in [
+            "-O ^resize_inode -G 64",
+            "-O 64bit,metadata_csum_seed -G 4096",
+            "-b 1024",
+        ] {
+            let features = "has_journal,extent,flex_bg,sparse_super,metadata_csum,^orphan_file";
+            shell(&format!(
+                "cd {}; rm -f fs; truncate -s 600M fs; mkfs.ext4 -q -F -m0 -O {features} {options} \
+                 -E lazy_itable_init=1,nodiscard fs; head -c 9000000 /dev/urandom > a; \
+                 for i in 1 2 3 4 5 6 7 8; do echo write a f$i; done > script; \
+                 for i in 2 5 7; do echo rm f$i; done >> script; debugfs -w -f script fs 2>/dev/null; \
+                 e2fsck -fy fs >/dev/null || true",
+                dir.path().display()
+            ));
+            let map = map_of(&image).unwrap_or_else(|fault| panic!("{options}: {fault}"));
+            let text = shell(&format!("dumpe2fs {} 2>/dev/null", image.display()));
+            let number = |name: &str| -> u64 {
+                let line = text
+                    .lines()
+                    .find_map(|l| l.strip_prefix(name))
+                    .expect("told");
+                line.trim().parse().expect("a number")
+            };
+            let block = number("Block size:");
+            let mut told = Vec::new();
+            let mut uninit = false;
+            for line in text.lines() {
+                uninit = match line.starts_with("Group ") {
+                    true => line.contains("BLOCK_UNINIT"),
+                    false => uninit,
+                };
+                let Some(list) = line.strip_prefix("  Free blocks: ").filter(|_| !uninit) else {
+                    continue;
+                };
+                for run in list.split(", ").filter(|run| !run.is_empty()) {
+                    let (from, to) = run.split_once('-').unwrap_or((run, run));
+                    let n = |text: &str| text.trim().parse::<u64>().expect("a number");
+                    told.push(n(from) * block..(n(to) + 1) * block);
+                }
+            }
+            let told = merged(told);
+            let extra = without(&map.free, &told);
+            assert_eq!(without(&told, &map.free), Ranges::new(), "{options}");
+            let journal: u64 = extra.iter().map(|r| r.end - r.start).sum();
+            assert!(journal > 0 && journal <= 64 << 20, "{options}: {extra:?}");
+            assert_eq!(
+                map.used,
+                (number("Block count:") - number("Free blocks:")) * block
+            );
+            assert_eq!(intersection(&map.live, &map.free), Ranges::new());
+            // With noise in all that is not live, nothing is wrong and every file is what it was.
+            let file = File::options().write(true).open(&image).expect("opens");
+            for range in without(&[0..map.size], &map.live) {
+                file.write_all_at(&vec![0xA5; (range.end - range.start) as usize], range.start)
+                    .expect("written");
+            }
+            shell(&format!(
+                "cd {}; e2fsck -fn fs >log 2>&1 || {{ cat log >&2; false; }}; \
+                 for i in 1 3 4 6 8; do debugfs -R \"cat f$i\" fs 2>/dev/null | cmp - a; done",
+                dir.path().display()
+            ));
+        }
+    }
+
+    #[test]
+    fn a_wrong_bit_anywhere_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let image = dir.path().join("fs");
+        shell(&format!(
+            "truncate -s 300M {0}; mkfs.ext4 -q -F -O metadata_csum,64bit -b 4096 {0}",
+            image.display()
+        ));
+        assert!(map_of(&image).is_ok());
+        let text = shell(&format!("dumpe2fs {} 2>/dev/null", image.display()));
+        let bitmap = text.split("Block bitmap at ").nth(1).expect("told");
+        let bitmap = bitmap.split([' ', ',']).next().expect("told");
+        let bitmap: u64 = bitmap.parse().expect("a number");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(&image)
+            .expect("opens");
+        for at in [1024 + 0x0C, 4096 + 64 + 3, bitmap * 4096 + 7] {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).expect("read");
+            file.write_all_at(&[byte[0] ^ 4], at).expect("written");
+            let fault = map_of(&image).unwrap_err();
+            assert!(matches!(fault, Fault::Damaged(_)), "{at}: {fault:?}");
+            file.write_all_at(&byte, at).expect("restored");
+        }
+        assert!(map_of(&image).is_ok());
+        shell(&format!(
+            "debugfs -w -R 'feature needs_recovery' {} 2>/dev/null",
+            image.display()
+        ));
+        assert_eq!(map_of(&image), Err(Fault::NotClosed));
+        assert_eq!(
+            map(&mut |_, _: &mut [u8]| Ok::<(), ()>(()), 1 << 20),
+            Ok(Err(Fault::NotExt4))
+        );
+    }
+}

@@ -1,0 +1,76 @@
+//! Where the space goes.
+
+use super::common::{Place, Sandbox, Sshd, large_file, plain_tree, root_or_skip, stored_bytes};
+use super::forge;
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn unique_bytes_are_what_deleting_a_snapshot_frees() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let sshd = Sshd::start(&sandbox);
+    let place = Place::over(&sandbox, &sshd);
+    let source = sandbox.dir("source");
+    plain_tree(&source, 30);
+    large_file(&source.join("large"), 7 * MIB, 9);
+    place.init("1G").ok();
+    place.backup(&source).ok();
+    forge(
+        &place,
+        &["2020-01-01T00-00-00Z", "2021-01-01T00-00-00Z"],
+        5 * MIB,
+    );
+
+    let usage = |place: &Place| place.program("usage").arg("--json").ok().json();
+    let before = usage(&place);
+    let stored = stored_bytes(&place.stored);
+    assert_eq!(before["stored_bytes"].as_u64(), Some(stored));
+    assert_eq!(before["image_bytes"], 1 << 30);
+    assert!(
+        before["server_free_bytes"]
+            .as_u64()
+            .is_some_and(|free| free > 0)
+    );
+    let snapshots = before["snapshots"].as_array().expect("all");
+    assert_eq!(snapshots.len(), 3, "{before}");
+    let number = |value: &serde_json::Value| value.as_u64().expect("a number");
+    let first = &snapshots[0];
+    assert!(
+        (5 * MIB..6 * MIB).contains(&number(&first["unique_bytes"])),
+        "{first}"
+    );
+    assert!(
+        (7 * MIB..9 * MIB).contains(&number(&first["shared_bytes"])),
+        "{first}"
+    );
+
+    place.program("prune").args(["--keep-last", "2"]).ok();
+    let after = usage(&place);
+    let freed = number(&before["filesystem_used_bytes"]) - number(&after["filesystem_used_bytes"]);
+    assert_eq!(freed, number(&first["unique_bytes"]), "{before}\n{after}");
+
+    let table = place.program("usage").ok().stdout;
+    for word in ["reclaimable", "2021-01-01T00-00-00Z", "unique"] {
+        assert!(table.contains(word), "{table}");
+    }
+    place.assert_closed();
+}
+
+#[test]
+fn what_the_server_does_not_tell_is_unknown() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let sshd = Sshd::with(&sandbox, &["ForceCommand internal-sftp"]);
+    let place = Place::over(&sandbox, &sshd);
+    place.init("200M").ok();
+    let usage = place.program("usage").arg("--json").ok().json();
+    assert!(usage["stored_bytes"].is_null() && usage["reclaimable_bytes"].is_null());
+    let told = place.program("usage").ok().stdout;
+    assert!(told.contains("stored       unknown"), "{told}");
+    place.assert_closed();
+}
