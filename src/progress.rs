@@ -19,6 +19,7 @@ pub struct Progress {
     pub files: Option<u64>,
     pub files_total: Option<u64>,
     pub bytes: Option<u64>,
+    /// What `bytes` will be at the end of the phase.
     pub bytes_total: Option<u64>,
     /// Bytes accepted that the server has not yet stored.
     pub owed: Option<u64>,

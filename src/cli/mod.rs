@@ -5,6 +5,8 @@ mod args;
 mod backup;
 mod browse;
 mod cat;
+mod check;
+mod copy;
 mod diff;
 mod dump;
 mod entry;
@@ -75,6 +77,8 @@ enum Verb {
     Pin(pin::Args),
     Unpin(unpin::Args),
     Usage(usage::Args),
+    Check(check::Args),
+    Copy(copy::Args),
     Trim(trim::Args),
     Grow(grow::Args),
     Mount(mount::Args),
@@ -136,6 +140,8 @@ fn run(verb: Verb) -> Result<Ending> {
         Verb::Pin(args) => pin::run(args),
         Verb::Unpin(args) => unpin::run(args),
         Verb::Usage(args) => usage::run(args),
+        Verb::Check(args) => check::run(args),
+        Verb::Copy(args) => copy::run(args),
         Verb::Trim(args) => trim::run(args),
         Verb::Grow(args) => grow::run(args),
         Verb::Mount(args) => mount::run(args),

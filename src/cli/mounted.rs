@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread;
 use std::time::Duration;
 
 use crate::cli::args::ImageArgs;
@@ -23,13 +24,13 @@ pub struct Inside<'a> {
 /// Mounts, works, unmounts. Returns when everything is synced on the server.
 ///
 /// Call it before any thread is started.
-pub fn with<T>(
+pub fn with<T: Send>(
     image: &ImageArgs,
     key: &KeyArgs,
     read_only: bool,
     wait: Duration,
     terminal: &Arc<Terminal>,
-    work: impl FnOnce(&Inside) -> Result<T>,
+    work: impl FnOnce(&Inside) -> Result<T> + Send,
 ) -> Result<T> {
     let link = image.link()?;
     let runtime = session::enter_private()?;
@@ -44,11 +45,15 @@ pub fn with<T>(
     };
     let started = Session::start(&plan, &mut keys, signals, terminal.clone());
     let session = started.inspect_err(|_| terminal.finish())?;
-    let worked = work(&Inside {
+    let inside = Inside {
         root: session.mounted_at(),
         stop: &stop,
         terminal,
-    });
+    };
+    // The kernel gives a signal to the main thread first, which must not be waiting for the link
+    // then, deep in the filesystem: nobody would hear of the signal.
+    let worked = thread::scope(|scope| scope.spawn(|| work(&inside)).join());
+    let worked = worked.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     let closed = session.close();
     terminal.finish();
     match (worked, closed) {

@@ -46,7 +46,7 @@ const JOURNAL_MAGIC: u32 = 0xC03B_3998;
 
 /// Reads that are this close to each other become one, up to [`RUN_MAX`].
 const GAP_BLOCKS: u64 = 16;
-const RUN_MAX: u64 = 1 << 20;
+pub(super) const RUN_MAX: u64 = 1 << 20;
 
 /// Reads the map. `E` is how reading fails.
 pub fn map<E>(read: Read<'_, E>, volume_size: u64) -> Result<Result<Map, Fault>, E> {
@@ -62,8 +62,9 @@ pub fn map<E>(read: Read<'_, E>, volume_size: u64) -> Result<Result<Map, Fault>,
     Ok(Ok(assemble(&fs, &groups, taken, journal)))
 }
 
-/// The superblock and all group descriptors, of a filesystem of which all is known.
-fn descriptors<E>(
+/// The superblock and all group descriptors, proved by their checksums, of a filesystem of which all
+/// is known.
+pub(super) fn descriptors<E>(
     read: Read<'_, E>,
     volume_size: u64,
 ) -> Result<Result<(Superblock, Vec<Group>), Fault>, E> {

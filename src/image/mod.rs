@@ -7,7 +7,9 @@
 //!       Store::open     the file: local, or over SFTP
 //! ```
 
+mod copy;
 mod create;
+mod data;
 mod server_shell;
 mod trim;
 
@@ -17,8 +19,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use copy::{Copied, CopyJob, PART, SUMS, copy};
 pub use create::{Created, Creation, create};
-pub use server_shell::stored_bytes;
+pub use data::{Read as DataRead, Reading, Subset, read as read_data};
+pub use server_shell::{data_ranges, stored_bytes};
 pub use trim::{Backend, Job as TrimJob, Trimmed, trim};
 
 use crate::device::Device;

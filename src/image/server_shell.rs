@@ -29,10 +29,17 @@ const LINES_MAX: usize = 100;
 /// Tells the size and the stored blocks of a file.
 const STAT: &str = r#"sh -c 'IFS= read -r f; echo "e2ebak at $(stat -L -c "%s %b %B" -- "$f")"'"#;
 
+/// Tells the size of a file, and where it holds something.
+const EXTENTS: &str = r#"sh -c 'IFS= read -r f;
+if command -v filefrag > /dev/null 2>&1; then :; else echo "e2ebak no filefrag there"; exit 0; fi;
+echo "e2ebak at $(stat -L -c %s -- "$f")";
+filefrag -s -v -b4096 -- "$f" 2> /dev/null | while IFS= read -r x; do echo "e2ebak x $x"; done;
+echo "e2ebak done"'"#;
+
 /// Punches holes while the lease beside the file holds our nonce: it is looked at before each,
 /// because we may be dead by then and somebody else may be writing.
 const PUNCH: &str = r#"sh -c 'IFS= read -r f; read -r n;
-held() { while IFS= read -r l; do case $l in *"$n"*) return 0;; esac; done < "$f.lease"; return 1; };
+held() { while IFS= read -r x; do case $x in *"$n"*) return 0;; esac; done < "$f.lease"; return 1; };
 if command -v fallocate > /dev/null 2>&1; then :; else echo "e2ebak no fallocate there"; exit 0; fi;
 if held 2> /dev/null; then :; else echo "e2ebak no such image there"; exit 0; fi;
 echo "e2ebak ready";
@@ -154,6 +161,56 @@ pub fn stored_bytes(
     })
 }
 
+/// Where the image of `size` bytes holds something, ascending, if that can be found out.
+pub fn data_ranges(
+    store: &dyn Store,
+    location: &Location,
+    link: &LinkSettings,
+    size: u64,
+) -> Result<Option<Vec<Range<u64>>>> {
+    if let Some(ranges) = store.data_ranges()? {
+        return Ok(Some(ranges));
+    }
+    let Some(shell) = Shell::start(location, link, EXTENTS)? else {
+        return Ok(None);
+    };
+    // Another size is another file, as above.
+    if shell.answer().ok() != Some(format!("at {size}")) {
+        return Ok(None);
+    }
+    let mut lines = Vec::new();
+    loop {
+        match shell.answer() {
+            Ok(line) if line == "done" => return Ok(extents(&lines, size)),
+            Ok(line) => lines.push(line),
+            Err(_) => return Ok(None),
+        }
+    }
+}
+
+/// What filefrag -v says (filefrag(8)), in blocks of 4096 bytes: `x 0: 0.. 8191: ...` for each
+/// extent, and how many there are at the end; `None` when that is not what came.
+fn extents(lines: &[String], size: u64) -> Option<Vec<Range<u64>>> {
+    let said_all = lines.last()?.ends_with(" found");
+    let mut ranges = Vec::new();
+    for line in lines {
+        let mut fields = line.strip_prefix("x ")?.trim().split(':');
+        let is_extent = fields
+            .next()
+            .is_some_and(|n| n.trim().parse::<u64>().is_ok());
+        let Some((first, last)) = fields.next().and_then(|places| places.split_once("..")) else {
+            continue;
+        };
+        if is_extent {
+            let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+            let end = last.checked_add(1)?.checked_mul(4096)?;
+            ranges.push(first.checked_mul(4096)?..end.min(size));
+        }
+    }
+    let ascends = ranges.is_sorted_by(|a, b| a.end <= b.start);
+    (said_all && ascends).then_some(ranges)
+}
+
 /// Punches holes with the server's own `fallocate`. `nonce` is that of the lease we hold.
 ///
 /// # Errors
@@ -194,4 +251,28 @@ pub(super) fn punch(
         tell(punched);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_extents_of_filefrag_are_read_or_nothing_is() {
+        let told = "x Filesystem type is: ef53
+            x File size of /a.img is 41943040 (10240 blocks of 4096 bytes)
+            x  ext:     logical_offset:        physical_offset: length:   expected: flags:
+            x    0:        0..     255:      34816..     35071:    256:
+            x    1:     4096..   10239:      38912..     45055:   6144:      35072: last,eof
+            x /a.img: 2 extents found";
+        let lines: Vec<String> = told.lines().map(|line| line.trim().into()).collect();
+        let ranges = vec![0..256 * 4096, 4096 * 4096..41_943_040];
+        assert_eq!(extents(&lines, 41_943_040), Some(ranges));
+        assert_eq!(extents(&lines[..4], 41_943_040), None, "cut off");
+        assert_eq!(extents(&[], 1), None);
+        assert_eq!(extents(&["no".into()], 1), None);
+        let mut wrong = lines.clone();
+        wrong.swap(3, 4);
+        assert_eq!(extents(&wrong, 41_943_040), None);
+    }
 }

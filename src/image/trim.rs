@@ -76,7 +76,7 @@ pub fn trim(opened: Opened, job: &Job<'_>) -> Result<Trimmed> {
     drop(volume);
     opened.volume.close()?;
     let ranges = granules(&map, begins, job.granularity);
-    let free = ranges.iter().map(|range| range.end - range.start).sum();
+    let free: u64 = ranges.iter().map(|range| range.end - range.start).sum();
     let mut trimmed = Trimmed {
         backend: None,
         free,
@@ -88,9 +88,11 @@ pub fn trim(opened: Opened, job: &Job<'_>) -> Result<Trimmed> {
     }
     (job.check)()?;
     job.monitor.report(Event::Phase("trim"));
+    let total = std::cell::Cell::new(free);
     let tell = |done| {
         job.monitor.report(Event::Progress(Progress {
             bytes: Some(done),
+            bytes_total: Some(total.get()),
             ..Progress::default()
         }));
     };
@@ -102,13 +104,17 @@ pub fn trim(opened: Opened, job: &Job<'_>) -> Result<Trimmed> {
                 let nonce = &job.lease.holder().nonce;
                 server_shell::punch(job.location, job.link, nonce, &ranges, &tell, job.check)
             }
-            Backend::CopyData => job.store.copy_lean(&lean_copy::Plan {
-                size,
-                live: &kept(&map, &ranges, begins, size),
-                tell: &tell,
-                check: job.check,
-                still_ours: &|| job.lease.check(),
-            }),
+            Backend::CopyData => {
+                let live = kept(&map, &ranges, begins, size);
+                total.set(live.iter().map(|range| range.end - range.start).sum());
+                job.store.copy_lean(&lean_copy::Plan {
+                    size,
+                    live: &live,
+                    tell: &tell,
+                    check: job.check,
+                    still_ours: &|| job.lease.check(),
+                })
+            }
         };
         match done {
             Ok(()) => {

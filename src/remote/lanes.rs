@@ -124,7 +124,7 @@ struct State {
     past: Traffic,
     round_trip: Option<Duration>,
     bytes_per_second: u64,
-    proofs: BTreeMap<&'static str, Proof>,
+    proofs: BTreeMap<String, Proof>,
     closed: bool,
 }
 
@@ -297,10 +297,10 @@ impl Lanes {
     }
 
     /// From now on, a new session has to pass `proof` before it is used.
-    pub fn demand(&self, what: &'static str, proof: Option<Proof>) {
+    pub fn demand(&self, what: &str, proof: Option<Proof>) {
         let mut state = self.shared.lock();
         match proof {
-            Some(proof) => drop(state.proofs.insert(what, proof)),
+            Some(proof) => drop(state.proofs.insert(what.into(), proof)),
             None => drop(state.proofs.remove(what)),
         }
     }

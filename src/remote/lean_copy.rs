@@ -71,15 +71,19 @@ pub fn by_copy_data(files: &Arc<Files>, path: &RemotePath, plan: &Plan<'_>) -> R
     files.remove_if_there(copy.as_str())?;
     check_room(files, image, plan)?;
     let made = fill(files, image, copy.as_str(), &found, plan);
-    let placed = made.and_then(|()| {
+    made.and_then(|()| {
         (plan.check)()?;
         (plan.still_ours)()?;
         files.demand(&Request::Extended(Extended::PosixRename {
             from: copy.as_str().as_bytes(),
             to: image.as_bytes(),
         }))
-    });
-    placed.inspect_err(|_| drop(files.remove(copy.as_str())))
+    })
+}
+
+/// Removes what a copy that failed has left.
+pub fn clean_up(files: &Arc<Files>, path: &RemotePath) -> Result<()> {
+    files.remove_if_there(path.with_suffix(SUFFIX).as_str())
 }
 
 fn check_room(files: &Arc<Files>, image: &str, plan: &Plan<'_>) -> Result<()> {

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
 
 use super::{Access, SIDE_MAX, Space, Store, Traffic, check_side, passing_suffix};
 use crate::device::{Caps, Device, Discard, Durability, check_range};
@@ -203,6 +204,34 @@ impl Store for LocalStore {
         let about = std::fs::metadata(&self.path);
         let about = about.attempt(|| format!("look at {}", self.path.display()))?;
         Ok(Some(about.blocks() * 512))
+    }
+
+    fn data_ranges(&self) -> Result<Option<Vec<Range<u64>>>> {
+        let ranges = || -> Result<Vec<Range<u64>>> {
+            let file = self.open_file(Access::ReadOnly)?;
+            let mut ranges = Vec::new();
+            let mut at = 0;
+            loop {
+                let start = match rustix::fs::seek(&file, SeekFrom::Data(at)) {
+                    Err(Errno::NXIO) => return Ok(ranges), // nothing but a hole is left
+                    other => other?,
+                };
+                at = rustix::fs::seek(&file, SeekFrom::Hole(start))?;
+                ranges.push(start..at);
+            }
+        };
+        let ranges = ranges().attempt(|| format!("look for holes in {}", self.path.display()));
+        ranges.map(Some)
+    }
+
+    fn beside(&self, suffix: &str) -> Result<Arc<dyn Store>> {
+        Ok(Arc::new(LocalStore::new(self.side(suffix))))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let (from, to) = (self.side(from), self.side(to));
+        let renamed = fs::rename(&from, &to).and_then(|()| self.sync_directory());
+        renamed.attempt(|| format!("rename {} to {}", from.display(), to.display()))
     }
 
     fn space(&self) -> Result<Option<Space>> {

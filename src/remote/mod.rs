@@ -14,6 +14,7 @@ mod transfer; //       reads and writes of any length, cut into chunks
 mod unsynced; //       what was written since the last flush
 mod verdict; //        what a reply means
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -130,6 +131,28 @@ pub trait Store: Send + Sync {
     fn copy_lean(&self, plan: &lean_copy::Plan<'_>) -> Result<()> {
         let _ = plan;
         Err(Error::new(Kind::Unsupported, "the image is a local file"))
+    }
+
+    /// Where the image holds something, ascending: the rest are holes. `None` when that is not known.
+    fn data_ranges(&self) -> Result<Option<Vec<Range<u64>>>> {
+        Ok(None)
+    }
+
+    /// The file beside this one with `suffix` added to its name, as an image of its own. What both
+    /// send goes over the same sessions.
+    fn beside(&self, suffix: &str) -> Result<Arc<dyn Store>> {
+        let why = format!("there is nothing beside this image, nor {suffix}");
+        Err(Error::new(Kind::Unsupported, why))
+    }
+
+    /// Gives the file with the suffix `from` the name with the suffix `to` (none is the image
+    /// itself), in place of what has that name.
+    ///
+    /// [`Kind::NotFound`] when there is no such file. On a server that cannot rename over a file,
+    /// neither has the name for a moment.
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let why = format!("rename {from} to {to}");
+        Err(Error::new(Kind::Unsupported, why))
     }
 
     /// `None` when the server does not tell.

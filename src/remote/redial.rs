@@ -62,6 +62,8 @@ struct Identity {
 
 struct Shared {
     lanes: Arc<Lanes>,
+    /// What new sessions are asked for while this is open.
+    demand: String,
     path: RemotePath,
     /// The location as the user wrote it, for messages.
     name: String,
@@ -125,9 +127,12 @@ impl Redial {
             size: AtomicU64::new(size),
             sizes: Mutex::new(vec![size]),
         });
-        lanes.demand("image", Some(proof(identity.clone(), path.clone())));
+        // Several files may be open over the same sessions, and each asks for its own.
+        let demand = format!("image {}", lanes.tick());
+        lanes.demand(&demand, Some(proof(identity.clone(), path.clone())));
         let shared = Arc::new(Shared {
             lanes,
+            demand,
             path: path.clone(),
             name: name.into(),
             access,
@@ -165,6 +170,7 @@ impl Drop for Redial {
         if let Some(flusher) = self.flusher.take() {
             let _ = flusher.join(); // a panic there has been reported there
         }
+        self.shared.lanes.demand(&self.shared.demand, None);
     }
 }
 

@@ -207,6 +207,19 @@ impl Beside<'_> {
         ))
     }
 
+    fn rename(self, from: &str, to: &str) -> Result<()> {
+        let (from_path, to_path) = (self.side(from), self.side(to));
+        let (from, to) = (from_path.as_str().as_bytes(), to_path.as_str().as_bytes());
+        if self.files.has(Extension::PosixRename) {
+            let rename = Extended::PosixRename { from, to };
+            return self.files.demand(&Request::Extended(rename));
+        }
+        // Version 3 renames over nothing.
+        self.files.stat(from_path.as_str())?;
+        self.files.remove_if_there(to_path.as_str())?;
+        self.files.demand(&Request::Rename { from, to })
+    }
+
     fn replace_side_file(self, suffix: &str, content: &[u8]) -> Result<()> {
         let path = self.side(suffix);
         if !self.files.has(Extension::PosixRename) {
@@ -310,7 +323,29 @@ impl Store for SftpStore {
 
     fn copy_lean(&self, plan: &lean_copy::Plan<'_>) -> Result<()> {
         self.once_on(|on| lean_copy::by_copy_data(on.files, on.path, plan))
+            .inspect_err(|_| {
+                // On another session, if that one has ended; else the next run does it.
+                let _ = self.on(|on| lean_copy::clean_up(on.files, on.path));
+            })
             .attempt(|| format!("have the server copy {}", self.name))
+    }
+
+    fn beside(&self, suffix: &str) -> Result<Arc<dyn Store>> {
+        Ok(Arc::new(SftpStore {
+            lanes: self.lanes.clone(),
+            path: self.path.with_suffix(suffix),
+            name: self.side_name(suffix),
+            writable: Mutex::new(None),
+        }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        // What the lanes ask new sessions for is at the old name.
+        *self.writable() = None;
+        self.once_on(|on| on.rename(from, to)).attempt(|| {
+            let (from, to) = (self.side_name(from), self.side_name(to));
+            format!("rename {from} to {to}")
+        })
     }
 
     fn space(&self) -> Result<Option<Space>> {

@@ -19,6 +19,7 @@
 
 mod client;
 mod close;
+mod fsck;
 mod grow;
 mod keeping;
 mod mounts;
@@ -30,6 +31,7 @@ pub mod wire;
 
 pub use client::{KeySource, Session, count_signals, end_at_signals};
 pub use close::{Closed, close_mount};
+pub use fsck::{Fscked, fsck};
 pub use grow::{fill_mounted, fill_unmounted};
 pub use mounts::{PublicMount, enter_private, public_mount};
 pub use server::serve;

@@ -11,6 +11,7 @@
 
 mod caches;
 mod catalogue;
+mod check;
 mod id;
 mod prune;
 mod record;
@@ -21,6 +22,7 @@ mod take;
 mod usage;
 
 pub use catalogue::{Catalogue, Files, Found, MountedFiles};
+pub use check::{Checked, Fault, check};
 pub use id::Id;
 pub use prune::{Deleted, Group, Grouping, Judged, delete, judge, pin};
 pub use record::Record;

@@ -6,11 +6,12 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Catalogue, DELETING, DIRECTORY, INFLIGHT, Id, MountedFiles};
+use super::{Catalogue, DELETING, DIRECTORY, INFLIGHT, Id, MountedFiles, RECORD};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::progress::{Event, Monitor, Progress};
 use crate::restore::{HERE, MountedTree, Source};
@@ -71,8 +72,10 @@ pub fn usage(root: &Path, stop: &AtomicBool, monitor: &dyn Monitor) -> Result<Ve
         if std::fs::symlink_metadata(&path).is_err() {
             continue;
         }
-        let usage = usage_of(&path, stop, &Teller::new(monitor, files))
+        let mut usage = usage_of(&path, stop, &Teller::new(monitor, files))
             .attempt(|| format!("look through {name}"))?;
+        let record = std::fs::symlink_metadata(snapshots.join(format!("{id}{RECORD}")));
+        usage.unique += record.map_or(0, |about| about.blocks() * 512);
         files += usage.files;
         shares.push(Share {
             id,

@@ -14,8 +14,6 @@ use crate::units::{Bytes, show_duration};
 
 /// A job that is over sooner shows no bar.
 const BAR_AFTER: Duration = Duration::from_millis(250);
-/// How long until it says how long it will take.
-const ETA_AFTER: Duration = Duration::from_secs(2);
 /// How often a log gets a line.
 const LINE_EVERY: Duration = Duration::from_secs(60);
 /// How often a script gets a line.
@@ -50,6 +48,7 @@ pub struct Terminal {
 struct State {
     bar: ProgressBar,
     began: Instant,
+    phase_began: Instant,
     said: Instant,
     phase: &'static str,
     progress: Progress,
@@ -66,6 +65,7 @@ impl Terminal {
         let state = State {
             bar,
             began: now,
+            phase_began: now,
             said: now,
             phase: "",
             progress: Progress::default(),
@@ -107,6 +107,8 @@ impl Monitor for Terminal {
             },
             Event::Phase(phase) => {
                 state.phase = phase;
+                state.phase_began = Instant::now();
+                state.progress.bytes_total = None;
                 self.show(&mut state);
             }
             Event::Progress(progress) => {
@@ -142,6 +144,7 @@ impl Terminal {
                         "seconds_elapsed": state.began.elapsed().as_secs(),
                         "files_done": p.files, "total_files": p.files_total, "bytes_done": p.bytes,
                         "total_bytes": p.bytes_total,
+                        "seconds_remaining": remaining(state).map(|left| left.as_secs()),
                         "bytes_owed": p.owed, "bytes_sent": p.sent,
                         "link_down_seconds": link_down(p.link),
                     })
@@ -172,6 +175,17 @@ fn merged(old: Progress, new: Progress) -> Progress {
     }
 }
 
+/// What the phase will take yet, if it goes on as it has gone.
+fn remaining(state: &State) -> Option<Duration> {
+    let (done, total) = (state.progress.bytes?, state.progress.bytes_total?);
+    let elapsed = state.phase_began.elapsed().as_secs_f64();
+    if done == 0 || elapsed < 1.0 {
+        return None;
+    }
+    let left = total.saturating_sub(done) as f64;
+    Duration::try_from_secs_f64(elapsed / done as f64 * left).ok()
+}
+
 fn sentence(state: &State) -> String {
     let p = state.progress;
     let elapsed = state.began.elapsed();
@@ -181,19 +195,17 @@ fn sentence(state: &State) -> String {
         (Some(done), None) => parts.push(format!("{done} files")),
         _ => {}
     }
-    if let Some(done) = p.bytes {
-        match p.bytes_total {
-            Some(total) => parts.push(format!("{} of {} copied", Bytes(done), Bytes(total))),
-            None => parts.push(format!("{} copied", Bytes(done))),
-        }
-        let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
+    if let (Some(done), Some(total)) = (p.bytes, p.bytes_total) {
+        parts.push(format!("{} of {}", Bytes(done), Bytes(total)));
+        let rate = done as f64 / state.phase_began.elapsed().as_secs_f64().max(0.001);
         parts.push(format!("{}/s", Bytes(rate as u64)));
-        // A guess over less than this would only jump about.
-        if let Some(total) = p.bytes_total.filter(|_| elapsed >= ETA_AFTER && done > 0) {
-            let left = total.saturating_sub(done) as f64 / rate;
-            let left = Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX);
+        if let Some(left) = remaining(state) {
             parts.push(format!("{} left", show_duration(left)));
         }
+    } else if let Some(done) = p.bytes {
+        parts.push(format!("{} copied", Bytes(done)));
+        let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
+        parts.push(format!("{}/s", Bytes(rate as u64)));
     }
     if let Some(sent) = p.sent.filter(|sent| *sent > 0) {
         parts.push(format!("{} sent", Bytes(sent)));
@@ -222,6 +234,7 @@ mod tests {
         let mut state = State {
             bar: ProgressBar::hidden(),
             began: Instant::now(),
+            phase_began: Instant::now(),
             said: Instant::now(),
             phase: "copy",
             progress: Progress::default(),
@@ -235,12 +248,6 @@ mod tests {
             ..Progress::default()
         };
         assert_eq!(sentence(&state), "copy 0.0 s, 3/9 files, 2.0 MiB sent");
-        state.progress.bytes = Some(1 << 20);
-        state.progress.bytes_total = Some(4 << 20);
-        state.began = Instant::now() - Duration::from_secs(10);
-        let text = sentence(&state);
-        assert!(text.contains("1.0 MiB of 4.0 MiB copied"), "{text}");
-        assert!(text.contains("30 s left"), "{text}");
         state.progress.owed = Some(1 << 30);
         assert!(sentence(&state).ends_with(", 1.0 GiB still to send"));
         state.progress.link = Some(LinkState::Down {
@@ -248,6 +255,27 @@ mod tests {
             attempts: 2,
         });
         assert!(sentence(&state).ends_with(", link down for 12 s, attempt 3"));
+    }
+
+    #[test]
+    fn what_is_left_is_guessed_from_what_the_phase_has_done() {
+        let mut state = State {
+            bar: ProgressBar::hidden(),
+            began: Instant::now(),
+            phase_began: Instant::now() - Duration::from_secs(30),
+            said: Instant::now(),
+            phase: "read",
+            progress: Progress {
+                bytes: Some(25 << 20),
+                bytes_total: Some(100 << 20),
+                ..Progress::default()
+            },
+        };
+        assert_eq!(remaining(&state).map(|left| left.as_secs()), Some(90));
+        assert!(sentence(&state).contains("25.0 MiB of 100.0 MiB, "));
+        assert!(sentence(&state).ends_with("1 min 30 s left"));
+        state.progress.bytes = Some(0);
+        assert_eq!(remaining(&state), None);
     }
 
     #[test]

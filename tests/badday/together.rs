@@ -96,3 +96,35 @@ fn a_session_stands_where_its_command_came_from() {
     assert_eq!(place.ids().len(), 2);
     place.assert_closed();
 }
+
+/// Without `--wait`: one backs up, the others say who does.
+#[test]
+fn of_several_that_start_at_once_exactly_one_writes() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::piped(&sandbox);
+    let source = sandbox.dir("source");
+    large_file(&source.join("large"), 60 * MIB, 1);
+    place.init("10G").ok();
+    // Slow enough that nobody is done before all have asked for the image.
+    let backup = || {
+        place
+            .backup(&source)
+            .args(["--limit-upload", "20M"])
+            .spawn()
+    };
+    let racing: Vec<Running> = (0..4).map(|_| backup()).collect();
+    let ran: Vec<Ran> = racing.into_iter().map(Running::wait).collect();
+    let codes: Vec<Option<i32>> = ran.iter().map(|ran| ran.status.code()).collect();
+    let of = |code| codes.iter().filter(|c| **c == Some(code)).count();
+    assert_eq!((of(0), of(11)), (1, 3), "{codes:?}");
+    assert_eq!(place.ids().len(), 1);
+    let restored = sandbox.path("restored");
+    place
+        .restore(&format!("latest:{}", source.display()), &restored)
+        .ok();
+    assert_same_tree(&source, &restored);
+    place.assert_closed();
+}

@@ -18,7 +18,7 @@ pub use place::Place;
 pub use program::{PASSPHRASE, Program, Ran, Running};
 pub use proxy::{Proxy, Shape};
 pub use same::{assert_same_tree, differences};
-pub use sandbox::{Sandbox, kill, with_descendants};
+pub use sandbox::{Sandbox, is_server, kill, with_descendants};
 pub use sshd::Sshd;
 pub use tree::{large_file, listening_socket, odd_tree, plain_tree};
 

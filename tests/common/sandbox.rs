@@ -162,8 +162,7 @@ impl Sandbox {
     fn left(&self) -> Vec<String> {
         let mut left = Vec::new();
         for (pid, line) in self.processes() {
-            // A test's own servers are known by their configuration.
-            if !line.contains("sshd") {
+            if !is_server(&line) {
                 left.push(format!("process {pid}: {line}"));
             }
         }
@@ -221,6 +220,13 @@ impl Drop for Sandbox {
             let _ = tool("losetup").arg("-d").arg(device).output();
         }
     }
+}
+
+/// Whether this command line is of a test's own sshd, or one of its sessions (`sshd: ...`). An ssh of
+/// the program has the server's directory in its arguments, too.
+pub fn is_server(line: &str) -> bool {
+    let program = line.split([' ', ':']).next().unwrap_or_default();
+    program.ends_with("sshd")
 }
 
 pub fn kill(pid: u32, signal: Signal) {

@@ -107,6 +107,9 @@ impl Sshd {
              MaxStartups 100\nSubsystem sftp /usr/lib/openssh/sftp-server\n\
              SetEnv HOME={dir}\n"
         );
+        // bash as a login shell reads ~/.bashrc for an sshd, unless it is not the first shell. What is
+        // in there is not for tests to wait for, or to kill half way.
+        config.push_str("SetEnv SHLVL=1\n");
         for line in &self.extra {
             config.push_str(line);
             config.push('\n');
@@ -132,12 +135,18 @@ impl Sshd {
 
     /// Ends all sessions; the server goes on listening.
     pub fn cut_sessions(&self) {
-        if let Some(child) = &self.child {
-            let family = with_descendants(child.id());
-            for pid in family.into_iter().filter(|pid| *pid != child.id()) {
-                kill(pid, Signal::KILL);
-            }
-        }
+        self.signal_sessions(Signal::KILL);
+    }
+
+    /// The same with any signal. Returns to whom.
+    pub fn signal_sessions(&self, signal: Signal) -> Vec<u32> {
+        let Some(pid) = self.child.as_ref().map(Child::id) else {
+            return Vec::new();
+        };
+        let mut family = with_descendants(pid);
+        family.retain(|session| *session != pid);
+        family.iter().for_each(|session| kill(*session, signal));
+        family
     }
 
     /// Listens again on the same port.

@@ -4,6 +4,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod check;
+mod copy;
 mod grow;
 mod prune;
 mod trim;

@@ -12,13 +12,13 @@ use super::{Mount, assert_filesystem_clean, wait_until};
 
 const MIB: u64 = 1 << 20;
 
-/// An image with a small snapshot, in which 300 MiB were written and deleted again.
-fn loosened(place: &Place, size: &str) {
+/// An image with a small snapshot, in which `mib` MiB were written and deleted again.
+fn loosened(place: &Place, size: &str, mib: u64) {
     let source = place.sandbox.dir("source");
     large_file(&source.join("small"), 3 * MIB, 5);
     place.init(size).ok();
     place.backup(&source).ok();
-    fill_and_empty(place, 300);
+    fill_and_empty(place, mib);
 }
 
 fn fill_and_empty(place: &Place, mib: u64) {
@@ -53,12 +53,13 @@ fn trims(place: &Place, backend: &str) -> String {
     let source = place.sandbox.path("source");
     let size = fs::metadata(&place.stored).expect("the image").len();
     let before = stored_bytes(&place.stored);
-    assert!(before > 300 * MIB, "{before} bytes before");
+    assert!(before > 120 * MIB, "{before} bytes before");
     let ran = place.program("trim").ok();
     assert!(ran.stdout.contains(backend), "not by {backend}: {ran}");
     let after = stored_bytes(&place.stored);
     let used = used(place);
     let bound = used + used / 20 + 64 * MIB;
+    assert!(bound < before, "the bound proves nothing");
     assert!(
         after <= bound,
         "{after} bytes stored after, {used} in use: {ran}"
@@ -94,9 +95,9 @@ fn a_local_file_by_its_own_fallocate() {
     if root_or_skip() {
         let sandbox = Sandbox::new();
         let place = Place::local(&sandbox);
-        loosened(&place, "700M");
+        loosened(&place, "700M", 160);
         let told = trims(&place, "local file");
-        assert!(told.contains("freed 3"), "{told}");
+        assert!(told.contains("freed 1"), "{told}");
     }
 }
 
@@ -106,13 +107,13 @@ fn a_server_with_commands_by_fallocate_there() {
         let sandbox = Sandbox::new();
         let sshd = Sshd::start(&sandbox);
         let place = Place::over(&sandbox, &sshd);
-        loosened(&place, "700M");
+        loosened(&place, "700M", 160);
         let inode = |place: &Place| {
             std::os::unix::fs::MetadataExt::ino(&fs::metadata(&place.stored).expect("there"))
         };
         let before = inode(&place);
         let told = trims(&place, "fallocate on the server");
-        assert!(told.contains("freed 3"), "{told}");
+        assert!(told.contains("freed 1"), "{told}");
         assert_eq!(inode(&place), before, "in place");
         assert_eq!(sshd.sessions(), 0);
     }
@@ -124,7 +125,7 @@ fn a_server_for_sftp_alone_by_a_sparse_copy() {
         let sandbox = Sandbox::new();
         let sshd = Sshd::with(&sandbox, &["ForceCommand internal-sftp"]);
         let place = Place::over(&sandbox, &sshd);
-        loosened(&place, "700M");
+        loosened(&place, "700M", 160);
         let mode = |place: &Place| {
             std::os::unix::fs::MetadataExt::mode(&fs::metadata(&place.stored).expect("there"))
         };
@@ -143,7 +144,7 @@ fn a_command_instead_of_ssh_by_a_sparse_copy() {
     if root_or_skip() {
         let sandbox = Sandbox::new();
         let place = Place::piped(&sandbox);
-        loosened(&place, "100G");
+        loosened(&place, "100G", 160);
         trims(&place, "copy-data");
     }
 }
@@ -157,7 +158,7 @@ fn a_server_that_offers_no_way_is_told_what_it_lacks_and_nothing_happens() {
     let rules = ["ForceCommand internal-sftp -P copy-data"];
     let sshd = Sshd::with(&sandbox, &rules);
     let place = Place::over(&sandbox, &sshd);
-    loosened(&place, "700M");
+    loosened(&place, "700M", 160);
     let before = stored_bytes(&place.stored);
     let ran = place.program("trim").run().code(1);
     ran.says("copy-data").says("no commands").says("fallocate");
@@ -194,7 +195,8 @@ fn a_copy_that_finds_no_room_leaves_the_image_alone() {
     place.assert_closed();
 }
 
-/// Killed or stopped half way, over each back-end: the image is whole, and the next run finishes.
+/// Killed or stopped half way, and at moments left to chance, over each back-end: the image is
+/// whole, and the next run finishes.
 #[test]
 fn an_interrupted_trim_harms_nothing() {
     if !root_or_skip() {
@@ -208,7 +210,7 @@ fn an_interrupted_trim_harms_nothing() {
         let sandbox = Sandbox::new();
         let sshd = Sshd::with(&sandbox, rules);
         let place = Place::over(&sandbox, &sshd);
-        loosened(&place, "700M");
+        loosened(&place, "700M", 120);
         let before = stored_bytes(&place.stored);
         let mut running = place.program("trim").args(["--granularity", "4K"]).spawn();
         let copy = sandbox.path("store/a.img.trim");
@@ -226,7 +228,8 @@ fn an_interrupted_trim_harms_nothing() {
         let ran = place.program("trim").ok();
         assert_eq!(place.side_files(), Vec::<String>::new(), "{ran}");
         let after = stored_bytes(&place.stored);
-        assert!(after + 250 * MIB < before, "{before} to {after}: {ran}");
+        assert!(after + 90 * MIB < before, "{before} to {after}: {ran}");
+        place.program("check").arg("--read-data").ok();
         let source = sandbox.path("source");
         place
             .restore(&format!("latest:{}", source.display()), &sandbox.path("r"))
@@ -234,6 +237,36 @@ fn an_interrupted_trim_harms_nothing() {
         assert_same_tree(&source, &sandbox.path("r"));
         place.assert_closed();
     }
+}
+
+#[test]
+fn a_sparse_copy_killed_at_any_moment_leaves_the_image_or_the_copy() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::piped(&sandbox);
+    loosened(&place, "300M", 60);
+    let mut seed = 98_765_u64;
+    for _ in 0..6 {
+        let mut running = place.program("trim").spawn();
+        seed = seed
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        let delay = std::time::Duration::from_millis((seed >> 33) % 900);
+        let start = std::time::Instant::now();
+        while !running.is_over() && start.elapsed() < delay {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        running.signal_group(Signal::KILL);
+        running.wait();
+        let ran = place.program("check").arg("--read-data").ok();
+        assert!(ran.stdout.contains("1 complete"), "{ran}");
+    }
+    assert_filesystem_clean(&place);
+    place.program("trim").ok();
+    assert_eq!(place.side_files(), Vec::<String>::new());
+    place.assert_closed();
 }
 
 #[test]

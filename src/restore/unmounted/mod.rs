@@ -165,6 +165,29 @@ impl Filesystem {
         }
     }
 
+    /// What is in a directory, and whether each is a directory itself.
+    pub fn entries(&self, directory: u32) -> Result<Vec<(Entry, bool)>> {
+        let entries = self.list(&self.inode(directory)?)?.into_iter();
+        let known = entries.map(|entry| {
+            let is_directory = match (entry.kind, u32::try_from(entry.inode)) {
+                // Filesystems without the feature `filetype` say it only in the inode.
+                (None, Ok(number)) => self.inode(number)?.is_directory(),
+                (kind, _) => kind == Some(FileKind::Directory),
+            };
+            Ok((entry, is_directory))
+        });
+        known.collect()
+    }
+
+    /// Whether there is anything at `path` (from the root), also a link that leads nowhere.
+    pub fn exists(&self, path: &str) -> Result<bool> {
+        match self.resolve_itself(ROOT, path.as_bytes()) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == Kind::NotFound => Ok(false),
+            Err(error) => Err(error).attempt(|| format!("look for {path} in the image")),
+        }
+    }
+
     /// Who lists the records reads them next.
     fn fetch_small(&self, entries: &[Entry]) {
         let files = entries

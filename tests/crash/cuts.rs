@@ -1,0 +1,160 @@
+//! The moments at which the image is rebuilt and judged.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::thread;
+use std::time::Instant;
+
+use super::common::PASSPHRASE;
+use super::history::{Event, History, Walk};
+use super::jobs::Recording;
+use super::judge::{Judge, Published, Verdict};
+use super::random::Random;
+
+/// Blocks among which the moment lies that parts what is kept from what is lost.
+const RECENT: usize = 400;
+/// One cut of so many is mounted by the kernel, too.
+const KERNEL_EVERY: usize = 50;
+/// Failures shown in full.
+const SHOWN: usize = 5;
+
+/// Cuts at which something promised was gone, and at which something there was not whole.
+#[derive(Default)]
+pub struct Found {
+    pub lost: usize,
+    pub torn: usize,
+}
+
+/// One moment, and the number that decides what is kept.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Cut {
+    at: usize,
+    seed: u64,
+}
+
+/// Judges `count` cuts; if `until_found`, no more after the first bad one.
+pub fn cut(recording: &Recording, count: usize, seed: u64, until_found: bool) -> Found {
+    let started = Instant::now();
+    let cuts = moments(&recording.history, count, seed);
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    let found = Mutex::new(Found::default());
+    let enough = || {
+        let found = found.lock().expect("no panic");
+        until_found && found.lost + found.torn > 0
+    };
+    thread::scope(|scope| {
+        for part in cuts.chunks(cuts.len().div_ceil(workers)) {
+            scope.spawn(|| work(recording, part, &found, &enough));
+        }
+    });
+    eprintln!("{count} cuts in {:.1} s", started.elapsed().as_secs_f64());
+    found.into_inner().expect("no panic")
+}
+
+/// In order of time. Half of them right after a flush, each flush in turn; half anywhere. All are
+/// after the image was created: before that nothing is promised.
+fn moments(history: &History, count: usize, seed: u64) -> Vec<Cut> {
+    let is_init = |event: &Event| matches!(event, Event::Seen(text) if text == "init");
+    let first = history.events.iter().position(is_init).expect("created") + 1;
+    let end = history.events.len();
+    let flushed = (first..end).filter(|i| matches!(history.events[*i], Event::Synced(_)));
+    let flushed: Vec<usize> = flushed.map(|i| i + 1).collect();
+    let writes = history
+        .events
+        .iter()
+        .filter(|e| matches!(e, Event::Write(_)));
+    eprintln!(
+        "recorded: {} writes, {} flushes since init",
+        writes.count(),
+        flushed.len()
+    );
+    let mut random = Random(seed);
+    let mut cuts = Vec::new();
+    for i in 0..count {
+        let at = match i % 2 {
+            0 if !flushed.is_empty() => flushed[i / 2 % flushed.len()],
+            _ => first + random.below(end - first + 1),
+        };
+        cuts.push(Cut {
+            at,
+            seed: random.next(),
+        });
+    }
+    cuts.sort_unstable();
+    cuts
+}
+
+fn work(recording: &Recording, cuts: &[Cut], found: &Mutex<Found>, enough: &dyn Fn() -> bool) {
+    let scratch = scratch();
+    let mut judge = Judge {
+        history: &recording.history,
+        trees: &recording.trees,
+        source: &recording.source,
+        passphrase: PASSPHRASE,
+        scratch: &scratch.path().join("volume"),
+        opened: BTreeMap::new(),
+    };
+    let mut walk = Walk::new(&recording.history);
+    for (number, cut) in cuts.iter().enumerate() {
+        if enough() {
+            return;
+        }
+        walk.go(cut.at);
+        let mut random = Random(cut.seed);
+        // Of the last few hundred blocks that were sent.
+        let newest = walk.newest();
+        let moment = newest.saturating_sub(random.below(RECENT) as u32);
+        let image = walk.cut(random.chooser(moment));
+        let promised = promised(recording, &walk);
+        let by_kernel = number % KERNEL_EVERY == KERNEL_EVERY - 1;
+        report(*cut, judge.judge(&image, &promised, by_kernel), found);
+    }
+}
+
+/// What was published by now and not deleted on purpose.
+fn promised<'a>(recording: &'a Recording, walk: &Walk<'a>) -> Vec<Published<'a>> {
+    let mut promised: Vec<Published> = Vec::new();
+    for seen in &walk.seen {
+        let words: Vec<&str> = seen.split(' ').collect();
+        match words[..] {
+            ["published", id, tree] => promised.push(Published {
+                id,
+                tree: &recording.trees[tree.parse::<usize>().expect("a number")],
+            }),
+            ["deleting", gone] => promised.retain(|snapshot| snapshot.id != gone),
+            _ => {}
+        }
+    }
+    promised
+}
+
+fn report(cut: Cut, verdict: Verdict, found: &Mutex<Found>) {
+    let mut found = found.lock().expect("no panic");
+    let bad = !verdict.lost.is_empty() || !verdict.torn.is_empty();
+    if bad && found.lost + found.torn < SHOWN {
+        eprintln!("after event {}, kept by {:#x}:", cut.at, cut.seed);
+        verdict
+            .lost
+            .iter()
+            .for_each(|why| eprintln!("  lost: {why}"));
+        verdict
+            .torn
+            .iter()
+            .for_each(|why| eprintln!("  torn: {why}"));
+    }
+    found.lost += usize::from(!verdict.lost.is_empty());
+    found.torn += usize::from(!verdict.torn.is_empty());
+}
+
+/// In memory where that is possible: two million blocks are written and thrown away.
+fn scratch() -> tempfile::TempDir {
+    let memory = PathBuf::from("/dev/shm");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("e2ebak-crash-");
+    let made = match memory.is_dir() {
+        true => builder.tempdir_in(memory),
+        false => builder.tempdir(),
+    };
+    made.expect("a directory")
+}
