@@ -250,14 +250,27 @@ fn fuse_connections(pid: u32) -> Vec<u32> {
 }
 
 /// Those of the connections that still exist and that nobody serves; aborted, if so told. One that
-/// somebody serves is of another test: the kernel gives the numbers out again.
+/// somebody serves is of another test: the kernel gives the numbers out again, so a connection
+/// counts only when it is there without a server twice in a row.
 fn stuck_connections(connections: &BTreeSet<u32>, abort: bool) -> Vec<String> {
+    let there = existing_connections(&unserved(connections), false);
+    if there.is_empty() {
+        return Vec::new();
+    }
+    let there = existing_connections(&unserved(&there), abort);
+    there.iter().map(u32::to_string).collect()
+}
+
+fn unserved(connections: &BTreeSet<u32>) -> BTreeSet<u32> {
     let processes = fs::read_dir("/proc").expect("/proc").flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let served: BTreeSet<u32> = pids.flat_map(fuse_connections).collect();
-    let connections: Vec<u32> = connections.difference(&served).copied().collect();
+    connections.difference(&served).copied().collect()
+}
+
+fn existing_connections(connections: &BTreeSet<u32>, abort: bool) -> BTreeSet<u32> {
     if connections.is_empty() {
-        return Vec::new();
+        return BTreeSet::new();
     }
     let script = "mount -t fusectl none /sys/fs/fuse/connections; cd /sys/fs/fuse/connections
         for c; do test ! -e $c || { echo $c; $abort; }; done";
@@ -268,7 +281,7 @@ fn stuck_connections(connections: &BTreeSet<u32>, abort: bool) -> Vec<String> {
     command.args(connections.iter().map(u32::to_string));
     let told = command.output().map(|output| output.stdout);
     let told = String::from_utf8_lossy(&told.unwrap_or_default()).into_owned();
-    told.lines().map(String::from).collect()
+    told.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 /// Loop devices of sessions beyond those that running sessions can have. Sessions in private mount
