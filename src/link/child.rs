@@ -69,6 +69,15 @@ impl Ending {
     }
 }
 
+/// The process group of a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Ours: it can ask on the terminal, and hears Ctrl-C if it wants to.
+    Ours,
+    /// One of its own, for a program that would end at Ctrl-C whatever it was told.
+    Own,
+}
+
 /// A child that runs, will run, or has ended.
 #[derive(Clone)]
 pub struct Process {
@@ -80,7 +89,7 @@ impl Process {
     ///
     /// [`Kind::MissingTool`] when there is no such program.
     pub fn start(command: Command) -> Result<Self> {
-        let (process, started) = Process::begin(move |_| Ok(command))?;
+        let (process, started) = Process::begin(move |_| Ok((command, Group::Ours)))?;
         let gone = |_| Error::new(Kind::Io, "the thread that starts it ended");
         started.recv().map_err(gone)??;
         Ok(process)
@@ -89,13 +98,13 @@ impl Process {
     /// Starts it later: `make` may wait for what must be there before it. Where that fails, no
     /// child runs, and [`Process::failure`] tells why.
     pub fn start_when(
-        make: impl FnOnce(&Gate<'_>) -> Result<Command> + Send + 'static,
+        make: impl FnOnce(&Gate<'_>) -> Result<(Command, Group)> + Send + 'static,
     ) -> Result<Self> {
         Process::begin(make).map(|(process, _)| process)
     }
 
     fn begin(
-        make: impl FnOnce(&Gate<'_>) -> Result<Command> + Send + 'static,
+        make: impl FnOnce(&Gate<'_>) -> Result<(Command, Group)> + Send + 'static,
     ) -> Result<(Self, mpsc::Receiver<Result<()>>)> {
         let life = Arc::new(Life::default());
         let (tell, started) = mpsc::channel();
@@ -222,18 +231,18 @@ impl Life {
 
 /// The keeper: starts the child, tells whether that worked, waits for its end and reaps it.
 fn keep(
-    make: impl FnOnce(&Gate<'_>) -> Result<Command>,
+    make: impl FnOnce(&Gate<'_>) -> Result<(Command, Group)>,
     life: &Arc<Life>,
     tell: &mpsc::Sender<Result<()>>,
 ) {
-    let spawned = make(&Gate(life)).and_then(|mut command| {
+    let spawned = make(&Gate(life)).and_then(|(mut command, group)| {
         command.stderr(Stdio::piped());
         prepare(
             &mut command,
             Fate {
                 die_with_parent: true,
                 deaf_to_signals: true,
-                new_group: false, // in another group it could not ask on the terminal
+                new_group: group == Group::Own,
             },
         );
         debug!(?command, "start a process of the link");

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::child::{Ending, Gate, Process};
+use super::child::{Ending, Gate, Group, Process};
 use super::{Dial, Handle, Occasion, Stream};
 use crate::error::{Attempt, Error, Kind, Result};
 
@@ -68,11 +68,15 @@ pub fn start(argv: &[OsString], explain: Explain) -> Result<Stream> {
 /// Returns at once, and starts what `make` gives when it gives it. Closing the stream meanwhile
 /// tells `make` so; where it fails, the stream ends and its diagnosis is that error.
 pub fn start_when(
-    make: impl FnOnce(&Gate<'_>) -> Result<Vec<OsString>> + Send + 'static,
+    make: impl FnOnce(&Gate<'_>) -> Result<(Vec<OsString>, Group)> + Send + 'static,
     explain: Explain,
 ) -> Result<Stream> {
-    let begin =
-        |ends: Ends| Process::start_when(move |gate| make(gate).and_then(|a| ends.command(&a)));
+    let begin = |ends: Ends| {
+        Process::start_when(move |gate| {
+            let (argv, group) = make(gate)?;
+            Ok((ends.command(&argv)?, group))
+        })
+    };
     stream(begin, explain)
 }
 

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use tracing::{debug, info};
 
-use super::child::{Ending, Gate};
+use super::child::{Ending, Gate, Group};
 use super::command;
 use super::master::{Master, Start};
 use super::ssh_words::{explain, explain_shared};
@@ -353,12 +353,16 @@ impl SshDial {
         };
         let shared = self.shared.clone();
         let argv = move |gate: &Gate<'_>| match master.wait(gate)? {
-            Start::Ready => Ok(shared.stream_argv(false, Some(&master.socket()))),
+            // Through a master, ssh ends at signals that it was told to ignore (mux.c).
+            Start::Ready => Ok((
+                shared.stream_argv(false, Some(&master.socket())),
+                Group::Own,
+            )),
             Start::Failed(ending) => Err(explain(&shared.server, &ending)),
             Start::Unable => {
                 master.end();
                 shared.cannot_share();
-                Ok(shared.own_argv(occasion))
+                Ok((shared.own_argv(occasion), Group::Ours))
             }
         };
         command::start_when(argv, Box::new(why))

@@ -102,8 +102,9 @@ fn whole(bytes: &[u8]) -> Option<Option<(Record, usize)>> {
         let number = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("8 bytes"));
         let len = u32::from_le_bytes(head[8..12].try_into().expect("4 bytes")) as usize;
         let data = bytes.get(HEAD..HEAD + len)?;
-        let next = &bytes[HEAD + len..];
-        let ends = next.is_empty() || next.len() < MARK.len() || next[..8] == MARK;
+        // One that was torn has swallowed the beginning of the next.
+        let inside = &bytes[MARK.len()..HEAD + len];
+        let ends = !inside.windows(MARK.len()).any(|window| window == MARK);
         let record = Record {
             kind: *KINDS.get(usize::from(head[12]))?,
             tag: number(13),

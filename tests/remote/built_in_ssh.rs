@@ -98,8 +98,9 @@ fn a_connection_that_is_cut_ends_its_streams_and_is_made_anew() {
         "{:?}",
         begun.elapsed()
     );
-    let after = engine(&dial, Occasion::Again).expect("dials");
-    use_it(&after, dir.path(), "after.img").expect("works");
+    // The first one may find the end of the old connection; whoever redials tries again.
+    let after = engine(&dial, Occasion::Again).or_else(|_| engine(&dial, Occasion::Again));
+    use_it(&after.expect("dials"), dir.path(), "after.img").expect("works");
     assert_eq!(sshd.logins(), 2);
 }
 

@@ -83,6 +83,17 @@ struct Session {
 /// When the client closed a session, which the server hears later.
 type Closed = Arc<OnceLock<Instant>>;
 
+/// Two writes to one place under way at once.
+struct Double {
+    text: String,
+    seen: Instant,
+    /// Of the session that had it first.
+    closed: Closed,
+}
+
+/// A client sends again what a session carried that it has given up, and closes that a little later.
+const GIVING_UP: Duration = Duration::from_secs(1);
+
 pub struct World {
     names: BTreeMap<Vec<u8>, u64>,
     files: HashMap<u64, File>,
@@ -92,8 +103,7 @@ pub struct World {
     pub late_max: Duration,
     /// Writes received and not answered: session, file, range.
     under_way: Vec<(u64, u64, Range<u64>)>,
-    /// What a client must not do.
-    pub violations: Vec<String>,
+    doubles: Vec<Double>,
     pub script: Script,
     pub requests: u64,
     pub writes: u64,
@@ -136,7 +146,7 @@ impl Model {
             late: Vec::new(),
             late_max: Duration::from_millis(100),
             under_way: Vec::new(),
-            violations: Vec::new(),
+            doubles: Vec::new(),
             script: Box::new(|_| Act::Serve),
             requests: 0,
             writes: 0,
@@ -227,6 +237,22 @@ impl Model {
 
     pub fn crash(&self) {
         self.world().crash();
+    }
+
+    /// What a client must not do: two writes to one place under way at once, on sessions that it
+    /// goes on using.
+    pub fn violations(&self) -> Vec<String> {
+        let world = self.world();
+        let used = |double: &&Double| {
+            let closed = double.closed.get();
+            closed.is_none_or(|at| at.saturating_duration_since(double.seen) > GIVING_UP)
+        };
+        world
+            .doubles
+            .iter()
+            .filter(used)
+            .map(|d| d.text.clone())
+            .collect()
     }
 
     pub fn sessions(&self) -> usize {
@@ -427,7 +453,11 @@ impl World {
             let text = format!(
                 "{range:?} on session {session} while {known:?} is under way on session {other}"
             );
-            self.violations.push(text);
+            self.doubles.push(Double {
+                text,
+                seen: Instant::now(),
+                closed: self.sessions[other].closed.clone(),
+            });
         }
         if self.sessions.contains_key(&session) {
             self.under_way.push((session, inode, range));
