@@ -102,9 +102,11 @@ fn whole(bytes: &[u8]) -> Option<Option<(Record, usize)>> {
         let number = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("8 bytes"));
         let len = u32::from_le_bytes(head[8..12].try_into().expect("4 bytes")) as usize;
         let data = bytes.get(HEAD..HEAD + len)?;
-        // One that was torn has swallowed the beginning of the next.
+        // One that was torn has swallowed the next one's mark, or the beginning of it.
         let inside = &bytes[MARK.len()..HEAD + len];
-        let ends = !inside.windows(MARK.len()).any(|window| window == MARK);
+        let after = bytes.get(HEAD + len);
+        let ends = !inside.windows(MARK.len()).any(|window| window == MARK)
+            && after.is_none_or(|first| *first == MARK[0]);
         let record = Record {
             kind: *KINDS.get(usize::from(head[12]))?,
             tag: number(13),
