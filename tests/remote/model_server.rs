@@ -108,6 +108,10 @@ pub struct World {
     pub requests: u64,
     pub writes: u64,
     pub dials: u64,
+    /// From this one on, who dials waits until it is a later one.
+    pub dials_held_from: u64,
+    /// Writes under way at once on one session, at most.
+    pub most_under_way: usize,
     counter: u64,
     refused_until: Instant,
     /// How long nobody can dial after a crash.
@@ -151,6 +155,8 @@ impl Model {
             requests: 0,
             writes: 0,
             dials: 0,
+            dials_held_from: u64::MAX,
+            most_under_way: 0,
             counter: 0,
             refused_until: Instant::now(),
             restart_takes: Duration::ZERO,
@@ -461,6 +467,8 @@ impl World {
         }
         if self.sessions.contains_key(&session) {
             self.under_way.push((session, inode, range));
+            let of_session = self.under_way.iter().filter(|(s, ..)| *s == session);
+            self.most_under_way = self.most_under_way.max(of_session.count());
         }
     }
 
@@ -631,6 +639,12 @@ impl Dial for Model {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         let mut world = self.world();
         world.dials += 1;
+        let number = world.dials;
+        while number >= world.dials_held_from {
+            drop(world);
+            thread::sleep(Duration::from_millis(1));
+            world = self.world();
+        }
         let full = world.sessions.len() >= world.sessions_max;
         if full || Instant::now() < world.refused_until {
             return Err(Error::new(Kind::Disconnected, "connection refused"));
