@@ -388,8 +388,18 @@ impl<'a> Relayed<'a> {
             ran.code(0);
         } else if !ran.code_of(&[0, 14]).status.success() {
             self.place.backup(&self.source).ok();
+            self.sweep_leases();
         }
         is_whole(&self.place, &self.source);
+    }
+
+    /// Removes what a break leaves while the lease is being made: a file that had not got its name
+    /// yet, which nobody can take for anything.
+    fn sweep_leases(&self) {
+        let names = self.place.side_files().into_iter();
+        for name in names.filter(|name| name.contains(".lease.") && name.ends_with(".new")) {
+            fs::remove_file(self.place.stored.with_file_name(name)).expect("removed");
+        }
     }
 
     /// Requests to act at: a handful, or with `E2EBAK_BREAKS=all` all of them, with

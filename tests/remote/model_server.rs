@@ -445,6 +445,11 @@ impl World {
 
     /// A write is under way: nowhere else may another one to the same place be.
     fn takes_off(&mut self, session: u64, inode: u64, range: Range<u64>) {
+        // What is read of a session that has ended was on its way then: it is late, and no more.
+        let is_up = |s: &Session| s.closed.get().is_none();
+        if !self.sessions.get(&session).is_some_and(is_up) {
+            return;
+        }
         let overlaps = |(other, file, known): &&(u64, u64, Range<u64>)| {
             *file == inode
                 && *other != session
@@ -465,11 +470,9 @@ impl World {
                 closed: self.sessions[other].closed.clone(),
             });
         }
-        if self.sessions.contains_key(&session) {
-            self.under_way.push((session, inode, range));
-            let of_session = self.under_way.iter().filter(|(s, ..)| *s == session);
-            self.most_under_way = self.most_under_way.max(of_session.count());
-        }
+        self.under_way.push((session, inode, range));
+        let of_session = self.under_way.iter().filter(|(s, ..)| *s == session);
+        self.most_under_way = self.most_under_way.max(of_session.count());
     }
 
     fn lands(&mut self, session: u64, request: &Request<'_>) {

@@ -314,6 +314,36 @@ fn an_old_write_that_lands_late_is_written_over() {
     }
 }
 
+/// ssh gives up a silent server by itself, and then it looks as if the connection had ended.
+#[test]
+fn a_connection_that_was_silent_before_it_ended_counts_as_silent() {
+    let model = Model::new(SIZE);
+    let late = Duration::from_secs(2);
+    let bounds = Bounds {
+        silence: Duration::from_secs(20),
+        late_after_silence: late,
+        ..bounds(1)
+    };
+    let (store, device) = open(&model, bounds);
+    model.script(|seen| match seen.what {
+        What::Write => Act::Swallow,
+        _ => Act::Serve,
+    });
+    let broken = thread::scope(|scope| {
+        scope.spawn(|| told(device.write_all_at(&[1; 4096], 8192)));
+        until("a write", || model.world().writes > 0);
+        thread::sleep(Duration::from_millis(3300));
+        model.script(|_| Act::Serve);
+        let broken = Instant::now();
+        model.end_all();
+        broken
+    });
+    told(device.write_all_at(&[2; 4096], 8192));
+    told(store.settle(&|_| {}));
+    assert!(broken.elapsed() + Duration::from_millis(50) >= late);
+    assert!(model.synced(IMAGE)[8192..12_288] == [2; 4096]);
+}
+
 #[test]
 fn without_settling_a_held_place_is_written_again_by_and_by() {
     let model = Model::new(SIZE);
@@ -425,6 +455,10 @@ fn impostor(kind: Kind, says: &str, change: impl Fn(&Model)) {
     let (store, device) = open(&model, bounds(3));
     until("three sessions", || model.sessions() == 3);
     store.use_lease(Some(nonce));
+    // It is looked at after every break, not only the first.
+    told(device.write_all_at(&[4; 3000], 9000));
+    model.end_all();
+    told(device.flush());
     told(device.write_all_at(&[5; 3000], 9000));
     model.refuse_dials(Duration::from_secs(3600));
     model.end_all();
