@@ -1,27 +1,26 @@
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+mod job; //     one path
+mod pretend; // the same without doing it
+mod sum; //     what is told at the end
+
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::browse::{Pattern, Selection};
 use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::key::KeyArgs;
-use crate::cli::look::{Look, What, joined, printable};
+use crate::cli::look::{Look, What};
 use crate::cli::{Ending, mounted, unmounted};
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::restore::{
-    self, Ahead, FileKind, Listed, MountedTree, Node, Options, Outcome, Overwrite, Tree,
-    UnmountedTree, Wanted,
-};
+use crate::restore::{self, MountedTree, Options, Overwrite};
 use crate::session;
 use crate::snapshot::{Catalogue, DIRECTORY, MountedFiles};
 use crate::ui::{Style, Terminal};
-use crate::ui::{say, tell};
-use crate::units::Bytes;
+use job::{Job, Links};
+use sum::Sum;
 
 /// Copy paths out of snapshots
 ///
@@ -31,7 +30,8 @@ use crate::units::Bytes;
 ///
 /// Nothing is mounted: an ordinary user can do it, wherever the server can be reached. What only
 /// root may do, as giving files to others, is left out and counted. A run that was interrupted is
-/// taken up again with --overwrite=if-changed.
+/// taken up again with --overwrite=if-changed, and as SNAPSHOT:PATH/. if it was the one that made
+/// DEST.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -65,8 +65,7 @@ pub struct Args {
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<OsString>,
 
-    /// Leave out so many names at the beginning of each path, as tar's --strip-components. Hard
-    /// links between what is then restored apart become copies
+    /// Leave out so many names at the beginning of each path, as tar's --strip-components
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "mount")]
     strip: u32,
 
@@ -117,6 +116,10 @@ pub fn run(args: Args) -> Result<Ending> {
         let why = format!("{} is no directory", args.destination.display());
         return Err(Error::new(Kind::Usage, why).hint("several paths go into a directory"));
     }
+    let was_there = args.destination.is_dir();
+    if !was_there {
+        check_above(&args.destination)?;
+    }
     let mut sum = Sum::default();
     let all: Vec<_> = args
         .what
@@ -136,8 +139,24 @@ pub fn run(args: Args) -> Result<Ending> {
         false => without_mount(&args, &whats, &terminal, &mut sum),
     };
     terminal.finish();
-    done.attempt(doing)?;
+    done.map_err(|error| sum.with_rest(&args, was_there, error))
+        .attempt(doing)?;
     Ok(sum.summary(&args))
+}
+
+/// Before anybody types a passphrase: only DEST itself is made, in a directory that exists.
+fn check_above(dest: &Path) -> Result<()> {
+    let above = match dest.parent() {
+        Some(above) if !above.as_os_str().is_empty() => above,
+        _ => Path::new("."),
+    };
+    match above.is_dir() {
+        true => Ok(()),
+        false => {
+            let why = format!("there is no directory {}", above.display());
+            Err(Error::new(Kind::NotFound, why).hint("make it first; only DEST itself is made"))
+        }
+    }
 }
 
 fn through_mount(
@@ -149,6 +168,7 @@ fn through_mount(
     let (image, key, wait) = (&args.image, &args.key, Duration::ZERO);
     mounted::with(image, key, true, wait, terminal, |inside| {
         let catalogue = Catalogue::load(&mut MountedFiles(inside.root.into()))?;
+        let mut links = Links::default();
         for what in whats {
             let id = catalogue.find(&what.snapshot)?.id;
             let mut tree = MountedTree::open(&inside.root.join(DIRECTORY).join(id.to_string()))?;
@@ -159,13 +179,11 @@ fn through_mount(
                 stop: inside.stop,
             };
             let (from, dest) = (PathBuf::from(what.path()), &args.destination);
-            sum.add(restore::copy(
-                &mut tree,
-                &from,
-                dest,
-                options,
-                inside.terminal,
-            )?);
+            sum.has_begun = true;
+            let links = links.entry(id).or_default();
+            let outcome =
+                restore::copy_linking(&mut tree, &from, dest, options, links, inside.terminal)?;
+            sum.add(outcome);
             if args.verify {
                 let found = restore::verify(&mut tree, &from, dest, options, inside.terminal)?;
                 sum.different += found.count();
@@ -182,13 +200,15 @@ fn without_mount(args: &Args, whats: &[What], terminal: &Terminal, sum: &mut Sum
     let location = args.image.location()?;
     let filesystem = unmounted::open(&location, &args.image.link()?, &mut keys)?;
     let look = Look::over(filesystem)?;
+    let mut links = Links::default();
     for what in whats {
-        let (_, root) = look.snapshot(&what.snapshot)?;
+        let (id, root) = look.snapshot(&what.snapshot)?;
         let mut job = Job {
             args,
             look: &look,
             root,
             what,
+            links: links.entry(id).or_default(),
             stop: &stop,
             terminal,
             sum,
@@ -208,303 +228,4 @@ fn end_at_second(signals: Arc<AtomicUsize>) -> Result<()> {
     };
     let thread = std::thread::Builder::new().name("signals-end".into());
     thread.spawn(watch).attempt(|| "start a thread").map(drop)
-}
-
-/// One path that is restored.
-struct Job<'a> {
-    args: &'a Args,
-    look: &'a Look,
-    root: u32,
-    what: &'a What,
-    stop: &'a AtomicBool,
-    terminal: &'a Terminal,
-    sum: &'a mut Sum,
-}
-
-impl Job<'_> {
-    fn run(&mut self) -> Result<()> {
-        let patterns = |texts: &[OsString]| -> Vec<Pattern> {
-            texts
-                .iter()
-                .map(|text| Pattern::new(text.as_bytes()))
-                .collect()
-        };
-        let top = self
-            .look
-            .filesystem
-            .resolve_itself(self.root, &self.what.path)?;
-        let tree = Tree::load(&self.look.filesystem, top, None)?;
-        let (include, exclude) = (patterns(&self.args.include), patterns(&self.args.exclude));
-        let selection = Selection::new(&tree, &include, &exclude);
-        if self.args.strip == 0 {
-            let from = self.what.path.clone();
-            return self.part(&tree, &selection, tree.root(), &from);
-        }
-        // As many names as the path has itself are left out from the first.
-        let own = self.what.path.split(|byte| *byte == b'/');
-        let own = u32::from(own.filter(|n| !matches!(*n, b"" | b"." | b"..")).count() > 0);
-        let mut parts = vec![(tree.root(), own)];
-        while let Some((node, depth)) = parts.pop() {
-            let path = joined(&self.what.path, &tree.path(node));
-            if depth == self.args.strip && tree.is_directory(node) {
-                let inside = [&*path, b"/."].concat();
-                self.part(&tree, &selection, node, &inside)?;
-            } else if depth < self.args.strip {
-                let wanted = tree.children(node).filter(|child| selection.wants(*child));
-                parts.extend(wanted.rev().map(|child| (child, depth + 1)));
-            }
-        }
-        Ok(())
-    }
-
-    /// Restores `node` of the tree, which is `from` in the snapshot.
-    fn part(&mut self, tree: &Tree, selection: &Selection, node: Node, from: &[u8]) -> Result<()> {
-        let (args, filesystem) = (self.args, &self.look.filesystem);
-        if args.dry_run {
-            self.pretend(tree, selection, node, from);
-            return Ok(());
-        }
-        let order = in_order(tree, selection, node);
-        let bytes = order.iter().map(|file| file.size).sum();
-        let wants = |path: &[u8]| {
-            let mut at = Some(node);
-            for name in path.split(|byte| *byte == b'/') {
-                at = at.and_then(|node| tree.child(node, name));
-            }
-            // What the tree could not hold meets its error in the copier, which tells it.
-            at.is_none_or(|node| selection.wants(node))
-        };
-        let options = Options {
-            overwrite: args.overwrite(),
-            wants: Some(&wants),
-            totals: Some((count(tree, selection, node), bytes)),
-            stop: self.stop,
-        };
-        let from = PathBuf::from(OsString::from_vec(from.to_vec()));
-        let source = || {
-            let ahead = Ahead::start(filesystem, order.clone());
-            UnmountedTree::new(Arc::clone(filesystem), self.root).with_ahead(ahead)
-        };
-        let dest = &args.destination;
-        let outcome = restore::copy(&mut source(), &from, dest, options, self.terminal)?;
-        self.sum.add(outcome);
-        if args.verify {
-            let found = restore::verify(&mut source(), &from, dest, options, self.terminal)?;
-            self.sum.different += found.count();
-        }
-        Ok(())
-    }
-
-    /// Says what would happen to each file.
-    fn pretend(&mut self, tree: &Tree, selection: &Selection, top: Node, from: &[u8]) {
-        let name = from.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-        let name = (!matches!(name, b"" | b"." | b"..")).then(|| OsStr::from_bytes(name));
-        let dest = &self.args.destination;
-        let base = match name {
-            Some(name) if dest.is_dir() => dest.join(name),
-            _ => dest.clone(),
-        };
-        let skipped = tree.path(top).len();
-        let mut stack = vec![top];
-        while let Some(node) = stack.pop() {
-            if !selection.wants(node) {
-                continue;
-            }
-            stack.extend(tree.children(node).rev());
-            let path = tree.path(node);
-            let below = path.get(skipped..).unwrap_or_default();
-            let below = below.strip_prefix(b"/").unwrap_or(below);
-            let to = match below.is_empty() {
-                true => base.clone(),
-                false => base.join(OsStr::from_bytes(below)),
-            };
-            self.pretend_one(tree, node, &to);
-        }
-    }
-
-    fn pretend_one(&mut self, tree: &Tree, node: Node, to: &Path) {
-        let shown = printable(to.as_os_str().as_bytes());
-        let Some(metadata) = tree.metadata(node) else {
-            self.sum.unreadable += 1;
-            say!("unreadable {shown}");
-            return;
-        };
-        let existing = to.symlink_metadata().ok();
-        if metadata.kind == FileKind::Directory {
-            if existing.is_none() {
-                say!("new        {shown}/");
-            }
-            self.sum.total.directories += 1;
-            return;
-        }
-        let is_same = |found: &std::fs::Metadata| {
-            use std::os::unix::fs::MetadataExt;
-            found.is_file()
-                && metadata.kind == FileKind::Regular
-                && found.len() == metadata.size
-                && found.mtime() == metadata.modified.seconds
-                && found.mtime_nsec() == i64::from(metadata.modified.nanoseconds)
-        };
-        let word = match (&existing, self.args.overwrite()) {
-            (None, _) => "new",
-            (Some(_), Overwrite::Never) => "keep",
-            (Some(found), Overwrite::IfChanged) if is_same(found) => "unchanged",
-            (Some(_), _) => "replace",
-        };
-        if matches!(word, "new" | "replace") {
-            self.sum.total.files += 1;
-            if metadata.kind == FileKind::Regular {
-                self.sum.total.bytes += metadata.size;
-            }
-        }
-        say!("{word:<10} {shown}");
-    }
-}
-
-/// Files with content in the order in which the copier comes to them: by their inodes, each
-/// directory's when its turn comes.
-fn in_order(tree: &Tree, selection: &Selection, top: Node) -> Vec<Wanted> {
-    let mut files = Vec::new();
-    let mut stack = vec![top];
-    while let Some(node) = stack.pop() {
-        if !selection.wants(node) {
-            continue;
-        }
-        let mut children: Vec<Node> = tree.children(node).collect();
-        children.sort_by_key(|child| std::cmp::Reverse(tree.inode(*child)));
-        stack.extend(children);
-        let regular = tree.metadata(node).filter(|m| m.kind == FileKind::Regular);
-        files.extend(regular.filter(|m| m.size > 0).map(|metadata| Wanted {
-            inode: tree.inode(node),
-            size: metadata.size,
-        }));
-    }
-    files
-}
-
-/// How many names that are no directories will be made.
-fn count(tree: &Tree, selection: &Selection, top: Node) -> u64 {
-    let mut files = 0;
-    let mut stack = vec![top];
-    while let Some(node) = stack.pop() {
-        if selection.wants(node) {
-            files += u64::from(!tree.is_directory(node));
-            stack.extend(tree.children(node));
-        }
-    }
-    files
-}
-
-/// What all copies together did.
-#[derive(Default)]
-struct Sum {
-    total: Outcome,
-    existing: Vec<String>,
-    existing_count: u64,
-    errors: u64,
-    /// Files that `--verify` found to differ.
-    different: u64,
-    /// In a dry run.
-    unreadable: u64,
-}
-
-impl Sum {
-    fn add(&mut self, outcome: Outcome) {
-        let total = &mut self.total;
-        total.files += outcome.files;
-        total.directories += outcome.directories;
-        total.bytes += outcome.bytes;
-        total.unchanged += outcome.unchanged;
-        total.shortfall.owners += outcome.shortfall.owners;
-        total.shortfall.attributes += outcome.shortfall.attributes;
-        total.shortfall.hard_links += outcome.shortfall.hard_links;
-        self.errors += outcome.errors.count();
-        let existing: &Listed<PathBuf> = &outcome.skipped_existing;
-        self.existing_count += existing.count();
-        let listed = existing.listed().iter();
-        self.existing
-            .extend(listed.map(|path| path.display().to_string()));
-    }
-
-    fn summary(&self, args: &Args) -> Ending {
-        let total = &self.total;
-        if !args.output.quiet {
-            say!(
-                "{} {} files and {} directories, {}",
-                if args.dry_run {
-                    "would restore"
-                } else {
-                    "restored"
-                },
-                total.files,
-                total.directories,
-                Bytes(total.bytes)
-            );
-            if total.unchanged > 0 {
-                say!(
-                    "  note: {} files were there already, unchanged",
-                    total.unchanged
-                );
-            }
-            notes(total);
-        }
-        if self.existing_count > 0 {
-            tell!(
-                "warning: {} files that exist were left as they are (--overwrite replaces them):",
-                self.existing_count
-            );
-            list(self.existing.iter(), self.existing_count);
-        }
-        // Each was reported when it happened.
-        for (count, what) in [
-            (self.errors, "could not be restored as they were"),
-            (self.different, "are not what was restored"),
-            (self.unreadable, "cannot be read"),
-        ] {
-            if count > 0 {
-                tell!("warning: {count} files {what}");
-            }
-        }
-        if args.verify && self.different == 0 && !args.output.quiet {
-            say!("  note: everything was read back and compared");
-        }
-        match self.existing_count + self.errors + self.different + self.unreadable {
-            0 => Ending::Clean,
-            _ => Ending::Warnings,
-        }
-    }
-}
-
-/// What was passed over as `cp -a` passes over it.
-fn notes(outcome: &Outcome) {
-    let lost = outcome.shortfall;
-    for (count, what) in [
-        (
-            lost.owners,
-            "belong to you, because only root can give files away",
-        ),
-        (
-            lost.attributes,
-            "extended attributes or ACLs could not be set here",
-        ),
-        (
-            lost.hard_links,
-            "hard links became files of their own, because the filesystem has none",
-        ),
-    ] {
-        if count > 0 {
-            say!("  note: {count} {what}");
-        }
-    }
-}
-
-/// A name may hold anything; what is printed stays on its line.
-fn list<'a>(lines: impl Iterator<Item = &'a String>, count: u64) {
-    const SHOWN: usize = 20;
-    for line in lines.take(SHOWN) {
-        tell!("  {}", line.escape_debug());
-    }
-    if count > SHOWN as u64 {
-        tell!("  and {} more", count - SHOWN as u64);
-    }
 }

@@ -3,26 +3,27 @@
 //! The directories on the way are a list of levels on the heap. A directory is read whole when it
 //! is entered, before anything is made on the other side, and gets its metadata when it is left.
 
+mod file; // anything but a directory
+mod told; // what is said of the run
+
 use std::cmp::Reverse;
 use std::collections::HashSet;
-use std::ffi::OsStr;
-use std::os::fd::AsFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::FileExt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::apply::{Object, Shortfall, apply};
-use super::descent::{Identity, check_name, show};
+use super::Options;
+use super::apply::{Object, apply};
+use super::descent::{Identity, check_name};
 use super::ends::{Start, landing};
 use super::hard_links::{HardLinks, Place};
-use super::outcome::{Failure, Outcome};
-use super::source::{Attribute, Entry, FileKind, HERE, Metadata, Piece, Source};
-use super::target::{Placed, Target};
-use super::{Options, Overwrite};
-use crate::error::{Attempt, Error, Kind, Result};
-use crate::progress::{Event, Monitor, Progress};
+use super::outcome::Outcome;
+use super::source::{Attribute, Entry, FileKind, HERE, Metadata, Source};
+use super::target::Target;
+use crate::error::{Error, Kind, Result};
+use crate::progress::{Event, Monitor};
+use told::Trouble;
 
 /// Read and written at once: large enough for a loop device to read ahead, small enough to stop at.
 const PIECE_BYTES: usize = 256 << 10;
@@ -35,13 +36,16 @@ pub(super) fn run(
     from: &Path,
     dest: &Path,
     options: Options<'_>,
+    links: &mut HardLinks,
     monitor: &dyn Monitor,
 ) -> Result<Outcome> {
     let start = Start::find(source, from)?;
     let (directory, name) = landing(dest, start.name.as_deref(), start.is_directory)?;
     let target = Target::open(&directory, options.overwrite)?;
+    let top = target.root_identity()?;
+    links.begin_in(top);
     let mut copier = Copier {
-        top: target.root_identity()?,
+        top,
         target,
         landing: directory,
         origin: from.as_os_str().as_bytes().to_vec(),
@@ -49,7 +53,7 @@ pub(super) fn run(
         monitor,
         reported: Instant::now(),
         levels: Vec::new(),
-        links: HardLinks::default(),
+        links,
         seen: HashSet::new(),
         buf: vec![0; PIECE_BYTES],
         outcome: Outcome::default(),
@@ -61,7 +65,6 @@ pub(super) fn run(
     copier.progress();
     monitor.report(Event::Phase("sync"));
     copier.target.sync()?;
-    copier.tell_shortfall();
     Ok(copier.outcome)
 }
 
@@ -85,7 +88,7 @@ struct Copier<'run> {
     monitor: &'run dyn Monitor,
     reported: Instant,
     levels: Vec<Level>,
-    links: HardLinks,
+    links: &'run mut HardLinks,
     /// Directories of the source that were entered: in a sound filesystem each one only once.
     seen: HashSet<u64>,
     /// Where the target's cursor started; its path, and the source's, are for messages only.
@@ -220,252 +223,6 @@ impl Copier<'_> {
         }
         Ok(())
     }
-
-    /// Puts anything but a directory in place.
-    fn file(
-        &mut self,
-        lookup: &[u8],
-        name: &[u8],
-        metadata: &Metadata,
-        place: Place,
-    ) -> Result<(), Trouble> {
-        if self.target.is_taken(name)? {
-            self.skip(name);
-            return Ok(());
-        }
-        if self.options.overwrite == Overwrite::IfChanged && self.is_same(lookup, name, metadata)? {
-            self.outcome.unchanged += 1;
-            if metadata.links > 1 && self.links.first(metadata.inode).is_none() {
-                self.links.add_file(metadata.inode, place, name);
-            }
-            return Ok(());
-        }
-        let mut placed = None;
-        if metadata.links > 1
-            && let Some((names, first)) = self.links.first(metadata.inode)
-        {
-            match self.target.link(names.into_iter(), first, name) {
-                Ok(done) => placed = Some(done),
-                Err(error) => match Trouble::from(error) {
-                    Trouble::File(error) => {
-                        let error = error.chain().join(": ");
-                        tracing::debug!(name = show(name), error, "copied instead of linked");
-                        self.outcome.shortfall.hard_links += 1;
-                    }
-                    trouble => return Err(trouble),
-                },
-            }
-        }
-        let is_link = placed.is_some();
-        let placed = match (placed, metadata.kind) {
-            (Some(placed), _) => placed,
-            (None, FileKind::Regular) => self.regular(lookup, name, metadata)?,
-            (None, _) => self.special(lookup, name, metadata)?,
-        };
-        match placed {
-            Placed::Existing => self.skip(name),
-            Placed::Yes => {
-                self.outcome.files += 1;
-                if metadata.links > 1 && !is_link {
-                    self.links.add_file(metadata.inode, place, name);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn is_same(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<bool> {
-        let target = match metadata.kind {
-            FileKind::Symlink => Some(self.source.read_link(lookup)?),
-            _ => None,
-        };
-        self.target.is_same(name, metadata, target.as_deref())
-    }
-
-    fn regular(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<Placed> {
-        let attributes = self.source.attributes(lookup)?;
-        let mut content = self.source.open(lookup)?;
-        let (temporary, file) = self.target.new_file()?;
-        let attempt = |at: u64| format!("write at offset {at}");
-        let mut at: u64 = 0;
-        loop {
-            check_stop(self.options)?;
-            let piece = content.next(&mut self.buf)?;
-            let step = match piece {
-                Piece::End => break,
-                Piece::Hole(bytes) => bytes,
-                Piece::Data(bytes) => {
-                    written(file.write_all_at(&self.buf[..bytes], at), || attempt(at))?;
-                    self.outcome.bytes += bytes as u64;
-                    bytes as u64
-                }
-            };
-            at = at
-                .checked_add(step)
-                .ok_or_else(|| Error::new(Kind::Corrupt, attempt(at)))?;
-            if self.reported.elapsed() >= PROGRESS_EVERY {
-                self.reported = Instant::now();
-                tell_progress(self.monitor, self.options, &self.outcome);
-            }
-        }
-        if at != metadata.size {
-            let attempt = format!("read {at} of {} bytes", metadata.size);
-            return Err(Error::new(Kind::Corrupt, attempt));
-        }
-        written(file.set_len(at), || format!("set the size to {at} bytes"))?;
-        drop(content);
-        let object = Object::Open(file.as_fd());
-        let errors = apply(object, metadata, &attributes, &mut self.outcome.shortfall);
-        let placed = self.target.place(temporary, name);
-        self.record_all(lookup, errors);
-        placed
-    }
-
-    fn special(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<Placed> {
-        let attributes = self.source.attributes(lookup)?;
-        let (temporary, fd) = match metadata.kind {
-            FileKind::Symlink => {
-                let to = self.source.read_link(lookup)?;
-                self.target.new_symlink(&to)?
-            }
-            _ => self.target.new_node(metadata)?,
-        };
-        let object = Object::Pinned(fd.as_fd());
-        let errors = apply(object, metadata, &attributes, &mut self.outcome.shortfall);
-        let placed = self.target.place(temporary, name);
-        self.record_all(lookup, errors);
-        placed
-    }
-
-    fn skip(&mut self, name: &[u8]) {
-        let mut path = self.landing.clone();
-        path.extend(
-            self.levels
-                .iter()
-                .map(|level| OsStr::from_bytes(&level.name)),
-        );
-        path.push(OsStr::from_bytes(name));
-        self.outcome.skipped_existing.add(path);
-    }
-
-    /// Records what concerns one file, and returns what ends the run.
-    fn settle(&mut self, name: Option<&[u8]>, result: Result<(), Trouble>) -> Result<()> {
-        match result {
-            Ok(()) => Ok(()),
-            Err(Trouble::File(error)) => {
-                self.record(name, error);
-                Ok(())
-            }
-            Err(Trouble::Run(error)) => {
-                let path = self.path(name);
-                Err(error).attempt(|| format!("restore {}", show(&path)))
-            }
-        }
-    }
-
-    fn record_all(&mut self, name: &[u8], errors: Vec<Error>) {
-        for error in errors {
-            self.record((name != HERE).then_some(name), error);
-        }
-    }
-
-    /// `name` is in the directory that is being copied; without one it is that directory itself.
-    fn record(&mut self, name: Option<&[u8]>, error: Error) {
-        let path = self.path(name);
-        let text = format!("{}: {}", show(&path), error.chain().join(": "));
-        let path = PathBuf::from(std::ffi::OsString::from_vec(path));
-        if self.outcome.errors.add(Failure { path, error }) {
-            self.monitor.report(Event::Warning(text));
-        }
-    }
-
-    /// The path in the source.
-    fn path(&self, name: Option<&[u8]>) -> Vec<u8> {
-        let below = self.levels.iter().skip(1).map(|level| &*level.name);
-        // What is settled before there is a level is what was asked for.
-        let name = name.filter(|_| !self.levels.is_empty());
-        let mut path = self.origin.clone();
-        for name in below.chain(name) {
-            if !path.is_empty() && !path.ends_with(b"/") {
-                path.push(b'/');
-            }
-            path.extend_from_slice(name);
-        }
-        path
-    }
-
-    fn progress(&mut self) {
-        self.reported = Instant::now();
-        tell_progress(self.monitor, self.options, &self.outcome);
-    }
-
-    /// One sentence for each kind of thing that could not be kept.
-    fn tell_shortfall(&self) {
-        let Shortfall {
-            owners,
-            attributes,
-            hard_links,
-        } = self.outcome.shortfall;
-        for (count, text) in [
-            (owners, "files belong to you: only root can give them back"),
-            (
-                attributes,
-                "extended attributes or ACLs are lost: DEST or your rights do not allow them",
-            ),
-            (
-                hard_links,
-                "hard links became files of their own: DEST refused them",
-            ),
-        ] {
-            if count > 0 {
-                self.monitor
-                    .report(Event::Warning(format!("{count} {text}")));
-            }
-        }
-    }
-}
-
-/// Why something was not restored, by what follows from it.
-enum Trouble {
-    /// One file, or one directory with all that is in it, is missing.
-    File(Error),
-    /// Nothing that comes after it would fare better.
-    Run(Error),
-}
-
-impl From<Error> for Trouble {
-    fn from(error: Error) -> Self {
-        match error.kind() {
-            Kind::NoSpace
-            | Kind::ReadOnly
-            | Kind::Interrupted
-            | Kind::Disconnected
-            | Kind::TimedOut => Trouble::Run(error),
-            Kind::Usage
-            | Kind::NoImage
-            | Kind::NotFound
-            | Kind::Exists
-            | Kind::InUse
-            | Kind::WrongKey
-            | Kind::Corrupt
-            | Kind::Unsupported
-            | Kind::MissingTool
-            | Kind::Denied
-            | Kind::Io => Trouble::File(error),
-        }
-    }
-}
-
-/// Gives a failed write the kind that it has here: one file that is too large for DEST's
-/// filesystem is no reason to stop.
-fn written(result: std::io::Result<()>, attempt: impl FnOnce() -> String) -> Result<()> {
-    match result {
-        Err(error) if error.kind() == std::io::ErrorKind::FileTooLarge => {
-            let cause = Error::from(error).of_kind(Kind::Unsupported);
-            Err(cause).attempt(attempt)
-        }
-        result => result.attempt(attempt),
-    }
 }
 
 fn check_stop(options: Options<'_>) -> Result<()> {
@@ -473,14 +230,4 @@ fn check_stop(options: Options<'_>) -> Result<()> {
         return Err(Error::new(Kind::Interrupted, "stopped on request"));
     }
     Ok(())
-}
-
-fn tell_progress(monitor: &dyn Monitor, options: Options<'_>, outcome: &Outcome) {
-    monitor.report(Event::Progress(Progress {
-        files: Some(outcome.files + outcome.unchanged),
-        files_total: options.totals.map(|(files, _)| files),
-        bytes: Some(outcome.bytes),
-        bytes_total: options.totals.map(|(_, bytes)| bytes),
-        ..Progress::default()
-    }));
 }
