@@ -86,7 +86,7 @@ fn unpack(tar: &Path, into: &Path) -> Duration {
 }
 
 /// Runs it to its end, or to a signal.
-fn patiently(command: &mut Command) {
+pub fn patiently(command: &mut Command) {
     let mut child = command.stdin(Stdio::null()).spawn().expect("starts");
     loop {
         if let Some(status) = child.try_wait().expect("a child") {
