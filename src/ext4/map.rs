@@ -275,6 +275,7 @@ fn assemble(
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // a set of ranges with one
 mod tests {
     use super::*;
     use std::fs::File;
