@@ -45,7 +45,7 @@ impl Sum {
     /// The error with which copying has ended early, and how the rest is had.
     pub fn with_rest(&self, args: &Args, was_there: bool, error: Error) -> Error {
         let because = match error.kind() {
-            Kind::NoSpace => "make room; ",
+            Kind::NoSpace => "make room: ",
             Kind::Interrupted | Kind::Disconnected | Kind::TimedOut => "",
             _ => return error,
         };
@@ -55,10 +55,10 @@ impl Sum {
         // What was to become DEST would now go into it.
         let inside = match was_there || !args.destination.is_dir() {
             true => "",
-            false => ", and with /. after its path",
+            false => " and /. after its path",
         };
         error.hint(format!(
-            "{because}what is in place is whole; the same command with \
+            "{because}what is in place is whole, and the same command with \
              --overwrite=if-changed{inside} takes the rest"
         ))
     }
