@@ -57,15 +57,7 @@ impl Amounts {
         }
     }
 
-    /// Bytes in order, of who may have several windows of SSH in flight.
-    pub fn bytes(&self, rtt: u64) -> u64 {
-        match rtt {
-            0..30 => self.there,
-            _ => self.there / 4 * 3,
-        }
-    }
-
-    /// The same of who has one, and is no faster with more.
+    /// Of `there`, what one SSH window at a time carries: who has no more is no faster with more.
     pub fn bytes_of_one_window(&self, rtt: u64) -> u64 {
         match rtt {
             0 => self.there,
