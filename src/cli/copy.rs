@@ -94,7 +94,8 @@ pub fn run(args: Args) -> Result<Ending> {
         return Err(Error::new(Kind::Usage, "both are the same image")).attempt(doing);
     }
     let terminal = Terminal::new(Style::choose(args.output.quiet, args.json));
-    let (_, stop) = session::count_signals()?;
+    let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let check = || match stop.load(Ordering::Relaxed) {
         true => Err(Error::new(
             Kind::Interrupted,

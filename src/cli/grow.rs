@@ -94,6 +94,7 @@ pub fn run(args: Args) -> Result<Ending> {
         _ => None,
     };
     let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let keys = args.key.keys(&args.image.location, signals)?;
     let check = || match stop.load(std::sync::atomic::Ordering::Relaxed) {
         true => Err(Error::new(
@@ -285,6 +286,9 @@ fn filesystem_size(volume: &dyn Device) -> Result<u64> {
 /// A server's filesystem has its own largest file, which SFTP cannot be asked for.
 fn too_large(error: Error, size: u64) -> Error {
     let kind = error.kind();
+    if !matches!(kind, Kind::Io | Kind::NoSpace | Kind::Usage) {
+        return error;
+    }
     let attempt = format!(
         "the server does not take a file of {} ({size} bytes)",
         Bytes(size)

@@ -85,6 +85,7 @@ pub fn perform(
     let location = image.location()?;
     let terminal = Terminal::new(Style::choose(quiet, false));
     let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let keys = key.keys(&image.location, signals)?;
     let link = image.link()?;
     let args = Trim {

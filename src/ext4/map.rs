@@ -23,8 +23,9 @@ pub struct Map {
     pub size: u64,
     /// Bytes of blocks that are allocated.
     pub used: u64,
-    /// May hold what nobody needs any more: free blocks of groups that were in use, and the journal
-    /// without its first block, which a closed filesystem does not read.
+    /// May hold what nobody needs any more: free blocks of groups that were in use, the journal
+    /// without its first block, which a closed filesystem does not read, and the room for copies of
+    /// further group descriptors, which nobody reads before it is written.
     pub free: Ranges,
     /// All that may have to be read again. What is in neither was never written.
     pub live: Ranges,
@@ -219,6 +220,7 @@ fn assemble(
     let taken = merged(taken);
     let journal = merged(journal);
     let mut known: Vec<Range<u64>> = Vec::new();
+    let mut spare: Vec<Range<u64>> = Vec::new();
     let mut tables: Vec<Range<u64>> = Vec::new();
     let mut live: Vec<Range<u64>> = Vec::new();
     let descriptors = (fs.groups() * fs.descriptor_size).div_ceil(fs.block_size);
@@ -235,8 +237,14 @@ fn assemble(
             live.push(group.inode_bitmap..group.inode_bitmap + 1);
         }
         if fs.has_copy(number) {
-            let end = blocks.start + 1 + descriptors + fs.reserved_descriptor_blocks;
-            live.push(blocks.start..end.min(blocks.end));
+            let end = (blocks.start + 1 + descriptors).min(blocks.end);
+            let room = end..(end + fs.reserved_descriptor_blocks).min(blocks.end);
+            live.push(blocks.start..end);
+            match number {
+                // The blocks there list where the others are.
+                0 => live.push(room),
+                _ => spare.push(room),
+            }
         }
         let whole = group.inode_table..group.inode_table + fs.inode_table_blocks();
         let inodes = match (group.flags & INODE_ZEROED, group.flags & INODE_UNINIT) {
@@ -252,12 +260,14 @@ fn assemble(
         tables.push(group.inode_bitmap..group.inode_bitmap + 1);
     }
     // Tables are allocated from the beginning and written as they fill.
+    let spare = merged(spare);
     let data = without(&without(&taken, &merged(tables)), &journal);
-    live.extend(data);
+    live.extend(without(&data, &spare));
     live.retain(|run| !run.is_empty());
     let mut free = without(&merged(known), &taken);
-    // Only what is allocated, and so the journal's.
+    // Only what is allocated, and so theirs.
     free.extend(intersection(&journal, &taken));
+    free.extend(intersection(&spare, &taken));
     let live = merged(live);
     let free = without(&merged(free), &live);
     let bytes = |runs: Ranges| -> Ranges {
@@ -370,7 +380,9 @@ mod tests {
             }
             shell(&format!(
                 "cd {}; e2fsck -fn fs >log 2>&1 || {{ cat log >&2; false; }}; \
-                 for i in 1 3 4 6 8; do debugfs -R \"cat f$i\" fs 2>/dev/null | cmp - a; done",
+                 for i in 1 3 4 6 8; do debugfs -R \"cat f$i\" fs 2>/dev/null | cmp - a; done; \
+                 truncate -s 5G fs; resize2fs fs >log 2>&1 || {{ cat log >&2; false; }}; \
+                 e2fsck -fn fs >log 2>&1 || {{ cat log >&2; false; }}",
                 dir.path().display()
             ));
         }

@@ -10,6 +10,8 @@
 mod copy;
 mod create;
 mod data;
+mod parallel;
+mod quota;
 mod server_shell;
 mod trim;
 
@@ -22,6 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use copy::{Copied, CopyJob, PART, SUMS, copy};
 pub use create::{Created, Creation, create};
 pub use data::{Read as DataRead, Reading, Subset, read as read_data};
+pub use quota::{Quota, quota};
 pub use server_shell::{data_ranges, stored_bytes};
 pub use trim::{Backend, Job as TrimJob, Trimmed, trim};
 

@@ -109,6 +109,10 @@ pub struct World {
     pub requests: u64,
     pub writes: u64,
     pub dials: u64,
+    /// From this one on, who dials waits until it is a later one.
+    pub dials_held_from: u64,
+    /// Writes under way at once on one session, at most.
+    pub most_under_way: usize,
     counter: u64,
     refused_until: Instant,
     /// How long nobody can dial after a crash.
@@ -152,6 +156,8 @@ impl Model {
             requests: 0,
             writes: 0,
             dials: 0,
+            dials_held_from: u64::MAX,
+            most_under_way: 0,
             counter: 0,
             refused_until: Instant::now(),
             restart_takes: Duration::ZERO,
@@ -443,6 +449,11 @@ impl World {
 
     /// A write is under way: nowhere else may another one to the same place be.
     fn takes_off(&mut self, session: u64, inode: u64, range: Range<u64>) {
+        // What is read of a session that has ended was on its way then: it is late, and no more.
+        let is_up = |s: &Session| s.closed.get().is_none();
+        if !self.sessions.get(&session).is_some_and(is_up) {
+            return;
+        }
         let overlaps = |(other, file, known): &&(u64, u64, Range<u64>)| {
             *file == inode
                 && *other != session
@@ -466,9 +477,9 @@ impl World {
                 closed: [self.sessions[other].closed.clone(), ours.closed.clone()],
             });
         }
-        if self.sessions.contains_key(&session) {
-            self.under_way.push((session, inode, range));
-        }
+        self.under_way.push((session, inode, range));
+        let of_session = self.under_way.iter().filter(|(s, ..)| *s == session);
+        self.most_under_way = self.most_under_way.max(of_session.count());
     }
 
     fn lands(&mut self, session: u64, request: &Request<'_>) {
@@ -638,6 +649,12 @@ impl Dial for Model {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         let mut world = self.world();
         world.dials += 1;
+        let number = world.dials;
+        while number >= world.dials_held_from {
+            drop(world);
+            thread::sleep(Duration::from_millis(1));
+            world = self.world();
+        }
         let full = world.sessions.len() >= world.sessions_max;
         if full || Instant::now() < world.refused_until {
             return Err(Error::new(Kind::Disconnected, "connection refused"));

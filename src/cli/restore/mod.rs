@@ -5,7 +5,6 @@ mod sum; //     what is told at the end
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -195,7 +194,7 @@ fn through_mount(
 
 fn without_mount(args: &Args, whats: &[What], terminal: &Terminal, sum: &mut Sum) -> Result<()> {
     let (signals, stop) = session::count_signals()?;
-    end_at_second(signals.clone())?;
+    session::end_at_second_signal(&signals)?;
     let mut keys = args.key.keys(&args.image.location, signals)?;
     let location = args.image.location()?;
     let filesystem = unmounted::open(&location, &args.image.link()?, &mut keys)?;
@@ -216,16 +215,4 @@ fn without_mount(args: &Args, whats: &[What], terminal: &Terminal, sum: &mut Sum
         job.run()?;
     }
     Ok(())
-}
-
-/// The first signal asks to stop; whoever sends a second one does not want to wait for the server.
-fn end_at_second(signals: Arc<AtomicUsize>) -> Result<()> {
-    let watch = move || {
-        while signals.load(Ordering::Relaxed) < 2 {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        std::process::exit(i32::from(Kind::Interrupted.exit_code()));
-    };
-    let thread = std::thread::Builder::new().name("signals-end".into());
-    thread.spawn(watch).attempt(|| "start a thread").map(drop)
 }
