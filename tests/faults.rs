@@ -203,7 +203,7 @@ fn discards_and_resizes_that_fail_change_nothing_else() {
             assert_eq!(told, (rig.faults.met() > 0).then_some(Kind::NoSpace));
             assert_eq!(rig.look_after_a_cut(seed), Ok(()), "{operation:?} {seed}");
         }
-        assert!(met > 10, "{operation:?}: {met} faults met");
+        assert!(met > 5, "{operation:?}: {met} faults met");
     }
 }
 

@@ -37,7 +37,7 @@ impl Shelf {
 
     /// The power goes and comes back; nothing fails any more. What names stand for is never lost.
     pub fn cut(&self, unit: u64, seed: u64) {
-        for image in self.images.lock().unwrap().values() {
+        for (seed, image) in (seed << 8..).zip(self.images.lock().unwrap().values()) {
             image.cut(unit, seed).expect("memory");
         }
         self.faults.heal();
