@@ -1,6 +1,7 @@
 //! The moments at which the image is rebuilt and judged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::thread;
@@ -9,7 +10,7 @@ use std::time::Instant;
 use super::common::PASSPHRASE;
 use super::history::{Event, History, Walk};
 use super::jobs::Recording;
-use super::judge::{Judge, Published, Verdict};
+use super::judge::{Judge, Promised, Published, Verdict};
 use super::random::Random;
 
 /// Blocks among which the moment lies that parts what is kept from what is lost.
@@ -24,6 +25,8 @@ const SHOWN: usize = 5;
 pub struct Found {
     pub lost: usize,
     pub torn: usize,
+    /// Images that were judged: those of several cuts can be the same.
+    pub judged: usize,
 }
 
 /// One moment, and the number that decides what is kept.
@@ -48,8 +51,10 @@ pub fn cut(recording: &Recording, count: usize, seed: u64, until_found: bool) ->
             scope.spawn(|| work(recording, part, &found, &enough));
         }
     });
-    eprintln!("{count} cuts in {:.1} s", started.elapsed().as_secs_f64());
-    found.into_inner().expect("no panic")
+    let found = found.into_inner().expect("no panic");
+    let seconds = started.elapsed().as_secs_f64();
+    eprintln!("{count} cuts, {} images in {seconds:.1} s", found.judged);
+    found
 }
 
 /// In order of time. Half of them right after a flush, each flush in turn; half anywhere. All are
@@ -96,6 +101,7 @@ fn work(recording: &Recording, cuts: &[Cut], found: &Mutex<Found>, enough: &dyn 
         opened: BTreeMap::new(),
     };
     let mut walk = Walk::new(&recording.history);
+    let (mut judged, hasher) = (HashSet::new(), RandomState::new());
     for (number, cut) in cuts.iter().enumerate() {
         if enough() {
             return;
@@ -107,22 +113,37 @@ fn work(recording: &Recording, cuts: &[Cut], found: &Mutex<Found>, enough: &dyn 
         let moment = newest.saturating_sub(random.below(RECENT) as u32);
         let image = walk.cut(random.chooser(moment));
         let promised = promised(recording, &walk);
-        let by_kernel = number % KERNEL_EVERY == KERNEL_EVERY - 1;
+        let is_new = judged.insert(hasher.hash_one((&image, walk.seen.len())));
+        // One that is half grown wants e2fsck before the kernel may have it.
+        let by_kernel = number % KERNEL_EVERY == KERNEL_EVERY - 1 && !promised.growing;
+        if !is_new && !by_kernel {
+            continue;
+        }
+        found.lock().expect("no panic").judged += 1;
         report(*cut, judge.judge(&image, &promised, by_kernel), found);
     }
 }
 
-/// What was published by now and not deleted on purpose.
-fn promised<'a>(recording: &'a Recording, walk: &Walk<'a>) -> Vec<Published<'a>> {
-    let mut promised: Vec<Published> = Vec::new();
+/// What was published by now and not deleted on purpose, and what else was said.
+fn promised<'a>(recording: &'a Recording, walk: &Walk<'a>) -> Promised<'a> {
+    let mut promised = Promised::default();
+    let published = &mut promised.published;
     for seen in &walk.seen {
         let words: Vec<&str> = seen.split(' ').collect();
         match words[..] {
-            ["published", id, tree] => promised.push(Published {
+            ["published", id, tree] => published.push(Published {
                 id,
                 tree: &recording.trees[tree.parse::<usize>().expect("a number")],
+                pinned: false,
             }),
-            ["deleting", gone] => promised.retain(|snapshot| snapshot.id != gone),
+            ["pinned", id] => published
+                .iter_mut()
+                .filter(|snapshot| snapshot.id == id)
+                .for_each(|snapshot| snapshot.pinned = true),
+            ["deleting", gone] => published.retain(|snapshot| snapshot.id != gone),
+            ["deleted", gone] => promised.deleted.push(gone),
+            ["growing"] => promised.growing = true,
+            ["grown"] => promised.growing = false,
             _ => {}
         }
     }
