@@ -15,6 +15,8 @@ use super::random::Random;
 
 /// Blocks among which the moment lies that parts what is kept from what is lost.
 const RECENT: usize = 400;
+/// Choices that are tried until one leaves an image that was not judged yet.
+const CHOICES: u64 = 8;
 /// One cut of so many is mounted by the kernel, too.
 const KERNEL_EVERY: usize = 50;
 /// Failures shown in full.
@@ -107,21 +109,33 @@ fn work(recording: &Recording, cuts: &[Cut], found: &Mutex<Found>, enough: &dyn 
             return;
         }
         walk.go(cut.at);
-        let mut random = Random(cut.seed);
-        // Of the last few hundred blocks that were sent.
-        let newest = walk.newest();
-        let moment = newest.saturating_sub(random.below(RECENT) as u32);
-        let image = walk.cut(random.chooser(moment));
+        let (mut cut, mut image, mut is_new) = (*cut, BTreeMap::new(), false);
+        // Right after a flush there is little to choose from.
+        for seed in (0..CHOICES).map(|choice| cut.seed.wrapping_add(choice)) {
+            image = chosen(&walk, seed);
+            is_new = judged.insert(hasher.hash_one((&image, walk.seen.len())));
+            if is_new {
+                cut.seed = seed;
+                break;
+            }
+        }
         let promised = promised(recording, &walk);
-        let is_new = judged.insert(hasher.hash_one((&image, walk.seen.len())));
         // One that is half grown wants e2fsck before the kernel may have it.
         let by_kernel = number % KERNEL_EVERY == KERNEL_EVERY - 1 && !promised.growing;
         if !is_new && !by_kernel {
             continue;
         }
         found.lock().expect("no panic").judged += 1;
-        report(*cut, judge.judge(&image, &promised, by_kernel), found);
+        report(cut, judge.judge(&image, &promised, by_kernel), found);
     }
+}
+
+/// What is left if the power goes now.
+fn chosen(walk: &Walk, seed: u64) -> BTreeMap<u64, u32> {
+    let mut random = Random(seed);
+    // Of the last few hundred blocks that were sent.
+    let moment = walk.newest().saturating_sub(random.below(RECENT) as u32);
+    walk.cut(random.chooser(moment))
 }
 
 /// What was published by now and not deleted on purpose, and what else was said.
