@@ -613,6 +613,10 @@ struct Heard<'a> {
 impl Read for Heard<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let len = self.stream.read(buf)?;
+        // The end is no sign of life.
+        if len == 0 {
+            return Ok(0);
+        }
         let now = self.shared.born.elapsed().as_millis();
         let now = u64::try_from(now).unwrap_or(u64::MAX);
         self.shared.heard.store(now, Ordering::Relaxed);
