@@ -140,7 +140,7 @@ impl Checker<'_> {
         let deadline = Instant::now() + self.args.wait;
         while let Some(who) = writer(&*store)? {
             if Instant::now() >= deadline {
-                let why = format!("{who} is writing it, and so nothing can be said of it");
+                let why = format!("nothing can be said of it while it is written by {who}");
                 let hint = "wait with `--wait 30m`, or unmount it";
                 return Err(Error::new(Kind::InUse, why).hint(hint));
             }
@@ -178,7 +178,8 @@ impl Checker<'_> {
         if sealed.warnings().is_empty() {
             let header = sealed.header();
             let (slots, id) = (header.keyslots().len(), header.sequence_id());
-            let what = format!("both copies agree, {slots} keyslots, sequence id {id}");
+            let plural = if slots == 1 { "" } else { "s" };
+            let what = format!("both copies agree, {slots} keyslot{plural}, sequence id {id}");
             report.fine(Part::Header, what);
         }
         Ok(Some(sealed))

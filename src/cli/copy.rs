@@ -216,7 +216,10 @@ fn copy_to(
         link.identity_file = Some(std::path::absolute(file)?);
     }
     let store = image::connect(to, &link)?;
-    let lease = take_lease(&store, to, args.wait, check)?;
+    let lease = take_lease(&store, to, args.wait, check).map_err(|error| match error.kind() {
+        Kind::NotFound => error.hint("the copy is made, and no directory for it: make that first"),
+        _ => error,
+    })?;
     let held = Held {
         location: to,
         link,

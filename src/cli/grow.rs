@@ -243,20 +243,23 @@ fn target(wanted: Wanted, now: Now) -> Result<u64> {
             Bytes(max)
         ));
     }
-    if !size.is_multiple_of(SECTOR) {
-        let below = size / SECTOR * SECTOR;
-        return refuse(format!(
-            "a size of {size} bytes is no multiple of {SECTOR}; {below} is"
-        ));
-    }
     if size < now.image {
         let why = format!(
             "it has {} ({} bytes) now, and an image never gets smaller: what lies at its end would be lost",
             Bytes(now.image),
             now.image
         );
-        let error = Error::new(Kind::Usage, why);
-        return Err(error.hint("its unused space takes no room on the server after `e2ebak trim`"));
+        let hint = match size < KIB {
+            true => "a number alone is one of bytes; write it like 500G or 5T",
+            false => "its unused space takes no room on the server after `e2ebak trim`",
+        };
+        return Err(Error::new(Kind::Usage, why).hint(hint));
+    }
+    if !size.is_multiple_of(SECTOR) {
+        let below = size / SECTOR * SECTOR;
+        return refuse(format!(
+            "a size of {size} bytes is no multiple of {SECTOR}; {below} is"
+        ));
     }
     Ok(size)
 }

@@ -146,7 +146,7 @@ pub fn take_lease(
                 std::thread::sleep(LEASE_POLL);
                 check()?;
             }
-            other => return other,
+            other => return other.map_err(|error| session::hint_at_mount(error, location)),
         }
     }
 }
@@ -198,7 +198,7 @@ fn trim_held(
     }
     say!("  by     {backend}");
     say!(
-        "  free   {} in {} runs, {} in use",
+        "  free   {} in {} runs, {} in use with metadata",
         Bytes(trimmed.free),
         trimmed.runs,
         Bytes(trimmed.used)

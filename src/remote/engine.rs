@@ -613,9 +613,8 @@ struct Heard<'a> {
 impl Read for Heard<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let len = self.stream.read(buf)?;
-        // The end is no sign of life.
         if len == 0 {
-            return Ok(0);
+            return Ok(0); // the end is no word of the server's
         }
         let now = self.shared.born.elapsed().as_millis();
         let now = u64::try_from(now).unwrap_or(u64::MAX);

@@ -4,6 +4,8 @@ use std::thread;
 use std::time::Duration;
 
 use e2ebak::device::Device;
+use e2ebak::remote::Store;
+use e2ebak::remote::engine::Bounds;
 
 use crate::model_server::{Act, IMAGE, Model, What};
 use crate::redial::{bounds, open, told, until};
@@ -94,6 +96,34 @@ fn newer_data_win_over_what_is_sent_again_meanwhile() {
         }
         assert_eq!(model.violations(), Vec::<String>::new());
     }
+}
+
+#[test]
+fn what_is_sent_again_may_land_late_as_well() {
+    let model = Model::new(256 * KIB);
+    model.world().late_max = Duration::from_secs(2);
+    let bounds = Bounds {
+        late_after_end: Duration::from_millis(2500),
+        ..bounds(1)
+    };
+    let (store, device) = open(&model, bounds);
+    told(device.write_all_at(&[1; 4096], 8192));
+    model.end_all();
+    let mut done = false;
+    model.script(move |seen| match seen.what {
+        What::Write if !done => {
+            done = true;
+            Act::Hold
+        }
+        _ => Act::Serve,
+    });
+    told(device.flush());
+    told(device.write_all_at(&[2; 4096], 8192));
+    told(device.flush());
+    assert!(model.apply_late() > 0, "the old write lands");
+    assert!(model.volatile(IMAGE)[8192..12_288] == [1; 4096]);
+    told(store.settle(&|_| {}));
+    assert!(model.synced(IMAGE)[8192..12_288] == [2; 4096]);
 }
 
 /// A session that was begun before a write and is up after the server has forgotten it: to sync on it
