@@ -2,6 +2,8 @@
 
 #[path = "cache/below.rs"]
 mod below;
+#[path = "cache/linearizable.rs"]
+mod linearizable;
 #[path = "cache/promises.rs"]
 mod promises;
 

@@ -1,5 +1,17 @@
-//! The 1st, the 2nd, the 3rd operation below the volume fails, and all after it, until a run meets no
-//! fault. Whatever fails, a flush that has returned is kept, and none returns that was not done.
+//! The 1st, the 2nd, the 3rd operation on the device below fails, once or from then on, until a run
+//! meets no fault; then the power goes. Every path of the engine that works on a device is run so: the
+//! stack of a volume, an image that is made, its header, trim and copy.
+
+#[path = "faults/images.rs"]
+mod images;
+#[path = "faults/shelf.rs"]
+mod shelf;
+#[path = "faults/versions.rs"]
+mod versions;
+
+#[path = "crash/random.rs"]
+#[allow(dead_code)]
+mod random;
 
 use std::sync::Arc;
 
@@ -7,78 +19,159 @@ use e2ebak::device::Device;
 use e2ebak::error::{Kind, Result};
 use e2ebak::layer::cache::Settings;
 use e2ebak::layer::crypt::Segment;
-use e2ebak::layer::memory::{Memory, Operation};
+use e2ebak::layer::fault::{Faults, Faulty, Operation};
+use e2ebak::layer::memory::Memory;
 use e2ebak::layer::{Cache, Crypt};
 use e2ebak::xts::{Key, SectorSize, Tweak};
 
-const VOLUME: usize = 1 << 20;
+use random::Random;
+use versions::Versions;
+
+const KIB: usize = 1 << 10;
+const SECTOR: usize = 4 * KIB;
+const VOLUME: usize = 512 * KIB;
 const OFFSET: u64 = 1 << 16;
 /// More than a run can need.
-const OPERATIONS_MAX: u64 = 10_000;
+pub const OPERATIONS_MAX: u64 = 10_000;
 
-fn stack(memory: &Arc<Memory>) -> Result<Cache> {
-    let segment = Segment {
-        offset: OFFSET,
-        size: None,
-        sector_size: SectorSize::new(4096).expect("a size"),
-        first_tweak: Tweak(0),
-    };
-    let key: Vec<u8> = (0..64).collect();
-    let key = Key::new(&key).expect("a key");
-    let crypt = Crypt::new(memory.clone(), key, segment)?;
-    // Small, so that it has to make room.
-    let settings = Settings {
-        size_bytes: 256 << 10,
-        ..Settings::default()
-    };
-    Cache::new(Arc::new(crypt), settings)
+/// What the power may tear: whole sectors, or half ones too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tear {
+    Sectors,
+    /// Then a hole that was written to in part reads as noise: all of the volume is written before,
+    /// and nothing is discarded.
+    Within,
 }
 
-/// Writes, reads and flushes; `flushed` becomes what the volume held at each flush that returned.
-fn run(memory: &Arc<Memory>, flushed: &mut Option<Vec<u8>>) -> Result<()> {
-    let volume = stack(memory)?;
-    let mut model = vec![0; VOLUME];
-    volume.read_exact_at(&mut model, 0)?;
-    for step in 0..40_usize {
-        // Odd places and lengths, some of them across many sectors.
-        let at = step * 104_729 % (VOLUME - 70_000);
-        let len = 1 + step * 7919 % if step % 3 == 0 { 70_000 } else { 5000 };
-        model[at..at + len].fill(step as u8 + 1);
-        volume.write_all_at(&model[at..at + len], at as u64)?;
-        let mut seen = vec![0; len];
-        volume.read_exact_at(&mut seen, at as u64)?;
-        assert!(seen == model[at..at + len], "step {step}");
-        if step % 8 == 7 {
-            volume.flush()?;
-            *flushed = Some(model.clone());
+impl Tear {
+    fn unit(self) -> usize {
+        match self {
+            Tear::Sectors => SECTOR,
+            Tear::Within => 512,
         }
     }
-    volume.close()?;
-    *flushed = Some(model);
-    Ok(())
 }
 
-fn sweep(operation: Option<Operation>) {
-    for spared in 0..OPERATIONS_MAX {
+/// A volume over a device that breaks, and what it must hold.
+struct Rig {
+    device: Arc<Faulty>,
+    faults: Arc<Faults>,
+    model: Versions,
+    tear: Tear,
+}
+
+impl Rig {
+    fn new(tear: Tear) -> Rig {
+        let faults = Arc::<Faults>::default();
         let memory = Arc::new(Memory::new(OFFSET + VOLUME as u64));
-        memory.fail(operation, spared, Kind::Io);
-        let mut flushed = None;
-        let outcome = run(&memory, &mut flushed);
-        memory.heal();
-        if let Some(expected) = &flushed {
-            let again = stack(&memory).expect("healed");
-            let mut seen = vec![0; VOLUME];
-            again.read_exact_at(&mut seen, 0).expect("healed");
-            // What was written after the flush may be there, too: those bytes are larger.
-            let kept = seen.iter().zip(expected).all(|(seen, kept)| seen >= kept);
-            let kept = kept && (outcome.is_err() || seen == *expected);
-            assert!(kept, "{operation:?} {spared}: a flush was not kept");
+        let mut rig = Rig {
+            device: Arc::new(Faulty::volatile(memory, faults.clone())),
+            faults,
+            model: Versions::new(VOLUME, tear.unit()),
+            tear,
+        };
+        if tear == Tear::Within {
+            let volume = rig.open().expect("no fault yet");
+            rig.model.write(0, &[0xEE; VOLUME]);
+            volume
+                .write_all_at(&[0xEE; VOLUME], 0)
+                .expect("no fault yet");
+            volume.close().expect("no fault yet");
+            rig.model.flushed();
         }
+        rig
+    }
+
+    fn open(&self) -> Result<Cache> {
+        let segment = Segment {
+            offset: OFFSET,
+            size: None,
+            sector_size: SectorSize::new(SECTOR as u64).expect("a size"),
+            first_tweak: Tweak(0),
+        };
+        let key: Vec<u8> = (0..64).collect();
+        let key = Key::new(&key).expect("a key");
+        let crypt = Crypt::new(self.device.clone(), key, segment)?;
+        // Small, so that it has to make room.
+        let settings = Settings {
+            size_bytes: 128 << 10,
+            ..Settings::default()
+        };
+        Cache::new(Arc::new(crypt), settings)
+    }
+
+    /// Reads, writes, discards, resizes and flushes at random.
+    fn run(&mut self, mut random: Random, steps: usize) -> Result<()> {
+        let volume = self.open()?;
+        for step in 0..steps {
+            let size = self.model.now.len();
+            let at = random.below(size);
+            // Odd places and lengths, some of them across many sectors.
+            let most = if random.below(4) == 0 { 70_000 } else { 6000 };
+            let len = 1 + random.below(most.min(size - at));
+            match random.below(16) {
+                0..3 => {
+                    volume.flush()?;
+                    self.model.flushed();
+                }
+                3..6 => {
+                    let mut seen = vec![0; len];
+                    volume.read_exact_at(&mut seen, at as u64)?;
+                    assert!(seen == self.model.now[at..at + len], "step {step}");
+                }
+                6 if self.tear == Tear::Sectors => {
+                    self.model.write(at, &vec![0; len]);
+                    volume.discard(at as u64..(at + len) as u64)?;
+                }
+                7 if self.tear == Tear::Sectors => {
+                    let size = VOLUME - random.below(8) * SECTOR;
+                    self.model.resize(size);
+                    volume.resize(size as u64)?;
+                    self.model.resized();
+                }
+                _ => {
+                    let data = vec![random.next() as u8; len];
+                    self.model.write(at, &data);
+                    volume.write_all_at(&data, at as u64)?;
+                }
+            }
+        }
+        volume.close()?;
+        self.model.flushed();
+        Ok(())
+    }
+
+    /// Cuts the power and looks what is left.
+    fn look_after_a_cut(&self, seed: u64) -> Result<(), String> {
+        let unit = self.tear.unit() as u64;
+        self.device.cut(unit, seed).expect("memory");
+        self.faults.heal();
+        let volume = self.open().expect("healed");
+        let mut seen = vec![0; volume.size() as usize];
+        volume.read_exact_at(&mut seen, 0).expect("healed");
+        self.model.admits(&seen)
+    }
+}
+
+fn sweep(operation: Option<Operation>, once: bool) {
+    for spared in 0..OPERATIONS_MAX {
+        let tear = [Tear::Sectors, Tear::Within][spared as usize % 2];
+        let mut rig = Rig::new(tear);
+        match once {
+            true => rig.faults.fail_once(operation, spared, Kind::Io),
+            false => rig.faults.fail(operation, spared, Kind::Io),
+        }
+        let outcome = rig.run(Random(7), 60);
+        let left = rig.look_after_a_cut(spared);
+        assert_eq!(left, Ok(()), "{operation:?}, {spared} spared, {outcome:?}");
         match outcome {
-            Ok(()) => {
+            // Both kinds of tearing have to get there.
+            Ok(()) if rig.faults.met() == 0 && tear == Tear::Within => {
                 assert!(spared > 5, "{operation:?}: no fault was met");
                 return;
             }
+            // What was only read ahead may fail and nobody hears of it.
+            Ok(()) => {}
             Err(error) => assert_eq!(error.kind(), Kind::Io, "{error:?}"),
         }
     }
@@ -87,12 +180,71 @@ fn sweep(operation: Option<Operation>) {
 
 #[test]
 fn whichever_operation_fails_what_was_flushed_is_kept() {
-    for operation in [
-        None,
-        Some(Operation::Read),
-        Some(Operation::Write),
-        Some(Operation::Flush),
-    ] {
-        sweep(operation);
+    sweep(None, false);
+}
+
+#[test]
+fn and_if_only_one_fails() {
+    for operation in [Operation::Read, Operation::Write, Operation::Flush] {
+        sweep(Some(operation), true);
     }
+}
+
+#[test]
+fn discards_and_resizes_that_fail_change_nothing_else() {
+    for operation in [Operation::Discard, Operation::Resize] {
+        let mut met = 0;
+        for seed in 0..20 {
+            let mut rig = Rig::new(Tear::Sectors);
+            rig.faults.fail(Some(operation), seed % 3, Kind::NoSpace);
+            let outcome = rig.run(Random(seed), 120);
+            met += usize::from(rig.faults.met() > 0);
+            let told = outcome.err().map(|error| error.kind());
+            assert_eq!(told, (rig.faults.met() > 0).then_some(Kind::NoSpace));
+            assert_eq!(rig.look_after_a_cut(seed), Ok(()), "{operation:?} {seed}");
+        }
+        assert!(met > 5, "{operation:?}: {met} faults met");
+    }
+}
+
+/// Cuts at random moments of runs, each another one. `E2EBAK_CUTS` sets how many.
+#[test]
+fn after_a_power_cut_every_block_is_what_was_flushed_or_newer() {
+    let cuts = std::env::var("E2EBAK_CUTS").map_or(150, |n| n.parse().expect("a number"));
+    let mut struck = 0;
+    for seed in 0..cuts {
+        let tear = [Tear::Sectors, Tear::Within][seed as usize % 2];
+        let mut rig = Rig::new(tear);
+        let mut random = Random(seed);
+        let spared = random.below(400) as u64;
+        rig.faults.fail(None, spared, Kind::Disconnected);
+        struck += usize::from(rig.run(random, 200).is_err());
+        assert_eq!(rig.look_after_a_cut(seed), Ok(()), "seed {seed}");
+    }
+    assert!(
+        struck > cuts as usize / 2,
+        "{struck} of {cuts} runs were cut"
+    );
+}
+
+/// The rig's own test: a flush that does nothing is found out.
+#[test]
+fn a_swallowed_flush_is_found_out() {
+    let found = (0..50).any(|seed| {
+        let mut rig = Rig::new(Tear::Sectors);
+        let volume = rig.open().expect("no fault");
+        for step in 0..40 {
+            let data = vec![step + 1; SECTOR];
+            rig.model.write(usize::from(step) * SECTOR, &data);
+            volume
+                .write_all_at(&data, u64::from(step) * SECTOR as u64)
+                .expect("no fault");
+        }
+        // It should have been `volume.flush()`.
+        rig.model.flushed();
+        rig.faults.fail(None, 0, Kind::Disconnected);
+        drop(volume);
+        rig.look_after_a_cut(seed).is_err()
+    });
+    assert!(found);
 }

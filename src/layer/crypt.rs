@@ -214,7 +214,8 @@ mod tests {
     use super::*;
     use crate::device::Discard;
     use crate::layer::conformance::{self, Step};
-    use crate::layer::memory::{Memory, Operation};
+    use crate::layer::fault::{Faulty, Operation};
+    use crate::layer::memory::Memory;
 
     fn key() -> Key {
         Key::new(&std::array::from_fn::<u8, 64, _>(|i| i as u8)).expect("64 bytes")
@@ -229,8 +230,8 @@ mod tests {
         }
     }
 
-    fn volume(memory: &Arc<Memory>, segment: Segment) -> Crypt {
-        Crypt::new(memory.clone(), key(), segment).expect("fits")
+    fn volume<D: Device + 'static>(below: &Arc<D>, segment: Segment) -> Crypt {
+        Crypt::new(below.clone(), key(), segment).expect("fits")
     }
 
     /// What a volume and the memory below it may look like.
@@ -334,9 +335,9 @@ mod tests {
 
     #[test]
     fn errors_from_below_keep_their_kind_in_every_call() {
-        let memory = Arc::new(Memory::new(1 << 16));
-        let volume = volume(&memory, segment(4096, None, 4096));
-        memory.fail(None, 0, Kind::TimedOut);
+        let faulty = Arc::new(Faulty::new(Arc::new(Memory::new(1 << 16))));
+        let volume = volume(&faulty, segment(4096, None, 4096));
+        faulty.faults().fail(None, 0, Kind::TimedOut);
         let outcomes = [
             volume.read_exact_at(&mut [0; 4096], 0),
             volume.write_all_at(&[0; 4096], 0),
@@ -353,7 +354,8 @@ mod tests {
     #[test]
     fn a_long_write_goes_down_in_bounded_pieces() {
         let memory = Arc::new(Memory::new(16 << 20));
-        let volume = volume(&memory, segment(0, None, 4096));
+        let faulty = Arc::new(Faulty::new(memory.clone()));
+        let volume = volume(&faulty, segment(0, None, 4096));
         let data: Vec<u8> = (0..(5 << 21)).map(|i: u32| (i >> 7) as u8).collect();
         volume.write_all_at(&data, 4096).expect("in range");
         assert_eq!(memory.counts().writes, 3);
@@ -361,7 +363,8 @@ mod tests {
         volume.read_exact_at(&mut back, 4096).expect("in range");
         assert!(back == data);
 
-        memory.fail(Some(Operation::Write), 1, Kind::NoSpace);
+        let faults = faulty.faults();
+        faults.fail(Some(Operation::Write), 1, Kind::NoSpace);
         let error = volume.write_all_at(&data, 0).unwrap_err();
         assert!(error.to_string().contains("offset 4194304"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! A sparse device in memory, for tests: it counts what is asked of it and fails when told to.
+//! A sparse device in memory, for tests: it counts what is asked of it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,17 +10,7 @@ use crate::error::{Error, Kind, Result};
 /// Granularity of holes.
 const BLOCK: usize = 4096;
 
-/// The calls of [`Device`] that do something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    Read,
-    Write,
-    Flush,
-    Discard,
-    Resize,
-}
-
-/// Calls so far, failed ones included.
+/// Calls so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub reads: u64,
@@ -42,15 +32,6 @@ struct State {
     size: u64,
     blocks: BTreeMap<u64, Box<[u8; BLOCK]>>,
     counts: Counts,
-    fault: Option<Fault>,
-}
-
-struct Fault {
-    /// `None` for any operation.
-    operation: Option<Operation>,
-    /// Operations that still succeed.
-    spared: u64,
-    kind: Kind,
 }
 
 impl Memory {
@@ -72,7 +53,6 @@ impl Memory {
             size,
             blocks: BTreeMap::new(),
             counts: Counts::default(),
-            fault: None,
         };
         Memory {
             caps,
@@ -89,20 +69,6 @@ impl Memory {
         (self.lock().blocks.len() * BLOCK) as u64
     }
 
-    /// Lets `spared` more calls of `operation` (of any, if `None`) succeed and fails those after
-    /// them, changing nothing, until [`Memory::heal`].
-    pub fn fail(&self, operation: Option<Operation>, spared: u64, kind: Kind) {
-        self.lock().fault = Some(Fault {
-            operation,
-            spared,
-            kind,
-        });
-    }
-
-    pub fn heal(&self) {
-        self.lock().fault = None;
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         // A test that panicked elsewhere must not hide its own message behind this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -117,40 +83,6 @@ impl Memory {
 }
 
 impl State {
-    /// Counts a call and fails it if its turn has come.
-    fn begin(&mut self, operation: Operation, len: usize) -> Result<()> {
-        let counts = &mut self.counts;
-        match operation {
-            Operation::Read => {
-                counts.reads += 1;
-                counts.bytes_read += len as u64;
-            }
-            Operation::Write => {
-                counts.writes += 1;
-                counts.bytes_written += len as u64;
-            }
-            Operation::Flush => counts.flushes += 1,
-            Operation::Discard => counts.discards += 1,
-            Operation::Resize => counts.resizes += 1,
-        }
-        let Some(fault) = &mut self.fault else {
-            return Ok(());
-        };
-        if fault.operation.is_some_and(|only| only != operation) {
-            return Ok(());
-        }
-        match fault.spared.checked_sub(1) {
-            Some(left) => {
-                fault.spared = left;
-                Ok(())
-            }
-            None => Err(Error::new(
-                fault.kind,
-                format!("{operation:?} fails as asked"),
-            )),
-        }
-    }
-
     /// Makes a hole of a range that lies within the device.
     fn punch(&mut self, offset: u64, len: usize) {
         for piece in pieces(offset, len) {
@@ -199,7 +131,8 @@ impl Device for Memory {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut state = self.lock();
         check_range(self.caps, state.size, offset, buf.len())?;
-        state.begin(Operation::Read, buf.len())?;
+        state.counts.reads += 1;
+        state.counts.bytes_read += buf.len() as u64;
         for piece in pieces(offset, buf.len()) {
             let to = &mut buf[piece.outside];
             match state.blocks.get(&piece.block) {
@@ -214,7 +147,8 @@ impl Device for Memory {
         self.need_writable()?;
         let mut state = self.lock();
         check_range(self.caps, state.size, offset, data.len())?;
-        state.begin(Operation::Write, data.len())?;
+        state.counts.writes += 1;
+        state.counts.bytes_written += data.len() as u64;
         for piece in pieces(offset, data.len()) {
             let block = state
                 .blocks
@@ -226,7 +160,8 @@ impl Device for Memory {
     }
 
     fn flush(&self) -> Result<()> {
-        self.lock().begin(Operation::Flush, 0)
+        self.lock().counts.flushes += 1;
+        Ok(())
     }
 
     fn discard(&self, range: Range<u64>) -> Result<()> {
@@ -237,7 +172,7 @@ impl Device for Memory {
         let mut state = self.lock();
         let len = range.end.saturating_sub(range.start) as usize;
         check_range(self.caps, state.size, range.start, len)?;
-        state.begin(Operation::Discard, 0)?;
+        state.counts.discards += 1;
         state.punch(range.start, len);
         Ok(())
     }
@@ -246,7 +181,7 @@ impl Device for Memory {
         self.need_writable()?;
         let mut state = self.lock();
         check_range(self.caps, u64::MAX, size, 0)?;
-        state.begin(Operation::Resize, 0)?;
+        state.counts.resizes += 1;
         let tail = state.size.saturating_sub(size) as usize;
         state.punch(size, tail);
         state.size = size;
@@ -311,21 +246,17 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_counted_and_fail_in_their_turn() {
+    fn calls_are_counted_and_holes_cost_nothing() {
         let memory = Memory::new(1 << 40);
-        memory.fail(Some(Operation::Write), 1, Kind::NoSpace);
-        assert!(memory.write_all_at(&[1; 8], 1 << 39).is_ok());
-        assert!(memory.read_exact_at(&mut [0; 4], 0).is_ok());
-        let refused = memory.write_all_at(&[2; 8], 1 << 39).unwrap_err();
-        assert_eq!(refused.kind(), Kind::NoSpace);
-        memory.heal();
-        memory.flush().expect("healed");
+        memory.write_all_at(&[1; 8], 1 << 39).expect("in range");
+        memory.read_exact_at(&mut [0; 4], 0).expect("in range");
+        memory.flush().expect("nothing to do");
         let counts = memory.counts();
-        assert_eq!((counts.reads, counts.writes, counts.flushes), (1, 2, 1));
-        assert_eq!((counts.bytes_read, counts.bytes_written), (4, 16));
+        assert_eq!((counts.reads, counts.writes, counts.flushes), (1, 1, 1));
+        assert_eq!((counts.bytes_read, counts.bytes_written), (4, 8));
         assert_eq!(memory.allocated(), 4096);
         let mut kept = [0; 8];
         memory.read_exact_at(&mut kept, 1 << 39).expect("in range");
-        assert_eq!(kept, [1; 8], "a failed write changes nothing");
+        assert_eq!(kept, [1; 8]);
     }
 }

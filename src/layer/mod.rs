@@ -2,6 +2,7 @@
 
 pub mod cache; //   write-back, read-ahead, any alignment
 pub mod crypt; //   plaintext above, LUKS2 ciphertext below
+pub mod fault; //   fails, delays and loses power when told to, for tests
 pub mod memory; //  a device in memory, for tests
 pub mod overlay; // writes stay in memory, the device below is only read
 

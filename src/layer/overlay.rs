@@ -164,7 +164,8 @@ mod tests {
 
     use super::*;
     use crate::layer::conformance;
-    use crate::layer::memory::{Memory, Operation};
+    use crate::layer::fault::{Faulty, Operation};
+    use crate::layer::memory::Memory;
 
     fn memory(size: u64, alignment: u32, writable: bool) -> Arc<Memory> {
         let caps = Caps {
@@ -223,12 +224,13 @@ mod tests {
 
     #[test]
     fn a_write_whose_edge_cannot_be_read_changes_nothing() {
-        let below = memory(1 << 16, 1, false);
+        let below = Arc::new(Faulty::new(memory(1 << 16, 1, false)));
         let overlay = Overlay::new(below.clone());
-        below.fail(Some(Operation::Read), 1, Kind::TimedOut);
+        let faults = below.faults();
+        faults.fail(Some(Operation::Read), 1, Kind::TimedOut);
         let error = overlay.write_all_at(&[1; 8192], 100).unwrap_err();
         assert_eq!(error.kind(), Kind::TimedOut);
-        below.heal();
+        faults.heal();
         let mut buf = [9; 12288];
         overlay.read_exact_at(&mut buf, 0).expect("healed");
         assert!(buf.iter().all(|&byte| byte == 0));

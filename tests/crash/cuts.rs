@@ -1,6 +1,7 @@
 //! The moments at which the image is rebuilt and judged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::thread;
@@ -9,11 +10,13 @@ use std::time::Instant;
 use super::common::PASSPHRASE;
 use super::history::{Event, History, Walk};
 use super::jobs::Recording;
-use super::judge::{Judge, Published, Verdict};
+use super::judge::{Judge, Promised, Published, Verdict};
 use super::random::Random;
 
 /// Blocks among which the moment lies that parts what is kept from what is lost.
 const RECENT: usize = 400;
+/// Choices that are tried until one leaves an image that was not judged yet.
+const CHOICES: u64 = 8;
 /// One cut of so many is mounted by the kernel, too.
 const KERNEL_EVERY: usize = 50;
 /// Failures shown in full.
@@ -24,6 +27,8 @@ const SHOWN: usize = 5;
 pub struct Found {
     pub lost: usize,
     pub torn: usize,
+    /// Images that were judged: those of several cuts can be the same.
+    pub judged: usize,
 }
 
 /// One moment, and the number that decides what is kept.
@@ -48,8 +53,10 @@ pub fn cut(recording: &Recording, count: usize, seed: u64, until_found: bool) ->
             scope.spawn(|| work(recording, part, &found, &enough));
         }
     });
-    eprintln!("{count} cuts in {:.1} s", started.elapsed().as_secs_f64());
-    found.into_inner().expect("no panic")
+    let found = found.into_inner().expect("no panic");
+    let seconds = started.elapsed().as_secs_f64();
+    eprintln!("{count} cuts, {} images in {seconds:.1} s", found.judged);
+    found
 }
 
 /// In order of time. Half of them right after a flush, each flush in turn; half anywhere. All are
@@ -96,33 +103,61 @@ fn work(recording: &Recording, cuts: &[Cut], found: &Mutex<Found>, enough: &dyn 
         opened: BTreeMap::new(),
     };
     let mut walk = Walk::new(&recording.history);
+    let (mut judged, hasher) = (HashSet::new(), RandomState::new());
     for (number, cut) in cuts.iter().enumerate() {
         if enough() {
             return;
         }
         walk.go(cut.at);
-        let mut random = Random(cut.seed);
-        // Of the last few hundred blocks that were sent.
-        let newest = walk.newest();
-        let moment = newest.saturating_sub(random.below(RECENT) as u32);
-        let image = walk.cut(random.chooser(moment));
+        let (mut cut, mut image, mut is_new) = (*cut, BTreeMap::new(), false);
+        // Right after a flush there is little to choose from.
+        for seed in (0..CHOICES).map(|choice| cut.seed.wrapping_add(choice)) {
+            image = chosen(&walk, seed);
+            is_new = judged.insert(hasher.hash_one((&image, walk.seen.len())));
+            if is_new {
+                cut.seed = seed;
+                break;
+            }
+        }
         let promised = promised(recording, &walk);
-        let by_kernel = number % KERNEL_EVERY == KERNEL_EVERY - 1;
-        report(*cut, judge.judge(&image, &promised, by_kernel), found);
+        // One that is half grown wants e2fsck before the kernel may have it.
+        let by_kernel = number % KERNEL_EVERY == KERNEL_EVERY - 1 && !promised.growing;
+        if !is_new && !by_kernel {
+            continue;
+        }
+        found.lock().expect("no panic").judged += 1;
+        report(cut, judge.judge(&image, &promised, by_kernel), found);
     }
 }
 
-/// What was published by now and not deleted on purpose.
-fn promised<'a>(recording: &'a Recording, walk: &Walk<'a>) -> Vec<Published<'a>> {
-    let mut promised: Vec<Published> = Vec::new();
+/// What is left if the power goes now.
+fn chosen(walk: &Walk, seed: u64) -> BTreeMap<u64, u32> {
+    let mut random = Random(seed);
+    // Of the last few hundred blocks that were sent.
+    let moment = walk.newest().saturating_sub(random.below(RECENT) as u32);
+    walk.cut(random.chooser(moment))
+}
+
+/// What was published by now and not deleted on purpose, and what else was said.
+fn promised<'a>(recording: &'a Recording, walk: &Walk<'a>) -> Promised<'a> {
+    let mut promised = Promised::default();
+    let published = &mut promised.published;
     for seen in &walk.seen {
         let words: Vec<&str> = seen.split(' ').collect();
         match words[..] {
-            ["published", id, tree] => promised.push(Published {
+            ["published", id, tree] => published.push(Published {
                 id,
                 tree: &recording.trees[tree.parse::<usize>().expect("a number")],
+                pinned: false,
             }),
-            ["deleting", gone] => promised.retain(|snapshot| snapshot.id != gone),
+            ["pinned", id] => published
+                .iter_mut()
+                .filter(|snapshot| snapshot.id == id)
+                .for_each(|snapshot| snapshot.pinned = true),
+            ["deleting", gone] => published.retain(|snapshot| snapshot.id != gone),
+            ["deleted", gone] => promised.deleted.push(gone),
+            ["growing"] => promised.growing = true,
+            ["grown"] => promised.growing = false,
             _ => {}
         }
     }

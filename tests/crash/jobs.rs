@@ -11,8 +11,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::common::{
-    PASSPHRASE, Place, Program, Sandbox, kill, large_file, plain_tree, run, stored_bytes, tool,
-    wait_for,
+    PASSPHRASE, Place, Program, Sandbox, kill, large_file, plain_tree, run, tool, wait_for,
 };
 use super::history::{BLOCK, History};
 use super::log::{self, Kind, Log};
@@ -95,15 +94,21 @@ impl Recorder<'_> {
         fs::remove_dir_all(source.join("01")).expect("removed");
         fs::write(source.join("00/00/0.txt"), "changed").expect("written");
         plain_tree(&source.join("new"), 12);
-        self.backup();
+        let second = self.backup();
 
         for i in 0..2 {
-            self.more_to_copy(&format!("interrupted {i}"), 10 + 10 * i);
+            let name = format!("interrupted {i}");
+            self.more_to_copy(&name, 10 + 10 * i);
             self.killed_backup();
             plain_tree(&source.join("newer"), 8);
             self.backup();
+            // What every later snapshot held would be read at every cut.
+            self.no_more_of(&name);
         }
         self.delete(&first);
+        self.pin(&second);
+        self.prune(&second);
+        self.grow();
 
         self.more_to_copy("cut off", 30);
         self.backup_whose_server_dies();
@@ -122,6 +127,12 @@ impl Recorder<'_> {
             // rsync leaves a hole at the end, and sets the size before the kernel has written anything.
             let file = File::options().write(true).open(path).expect("opened");
             file.set_len(MIB + i % 2 * 65_536).expect("longer");
+        }
+    }
+
+    fn no_more_of(&self, name: &str) {
+        for i in 0..INTERRUPTED_FILES {
+            fs::remove_file(self.source.join(format!("{name} {i}"))).expect("removed");
         }
     }
 
@@ -145,7 +156,7 @@ impl Recorder<'_> {
         self.trees.push(on_disk(&self.source));
         let enough = self.enough();
         let backup = self.place.backup(&self.source).spawn();
-        self.wait_until_stored(enough);
+        self.wait_until_recorded(enough);
         self.place.sandbox.kill_processes();
         drop(backup);
         self.place.sandbox.assert_nothing_left();
@@ -159,7 +170,7 @@ impl Recorder<'_> {
         self.trees.push(on_disk(&self.source));
         let enough = self.enough();
         let backup = self.place.backup(&self.source).arg("--json").spawn();
-        self.wait_until_stored(enough);
+        self.wait_until_recorded(enough);
         self.see("the servers die");
         for (pid, line) in self.place.sandbox.processes() {
             if line.starts_with("/usr/lib/openssh/sftp-server") {
@@ -169,15 +180,20 @@ impl Recorder<'_> {
         self.published(&backup.wait().code(0).stdout);
     }
 
+    /// Bytes of the log. The image does not grow where room is used again.
     fn enough(&mut self) -> u64 {
         let [least, most] = INTERRUPTED_AT;
         let more = self.random.below((most - least) as usize) as u64;
-        stored_bytes(&self.place.stored) + least + more
+        self.recorded() + least + more
     }
 
-    fn wait_until_stored(&self, bytes: u64) {
+    fn recorded(&self) -> u64 {
+        fs::metadata(&self.log).expect("the log").len()
+    }
+
+    fn wait_until_recorded(&self, bytes: u64) {
         wait_for("a part of the data", Duration::from_secs(60), || {
-            stored_bytes(&self.place.stored) > bytes
+            self.recorded() > bytes
         });
     }
 
@@ -217,6 +233,31 @@ impl Recorder<'_> {
         fs::remove_dir_all(going).expect("removed");
         fs::remove_dir_all(at.join("by hand")).expect("removed");
         Program::new(self.place.sandbox, "umount").arg(at).ok();
-        self.see("unmounted");
+        self.see(&format!("deleted {id}"));
+    }
+
+    fn pin(&self, id: &str) {
+        self.place.program("pin").arg(id).ok();
+        self.see(&format!("pinned {id}"));
+    }
+
+    /// Deletes all but the newest and the one that is pinned. A run that was killed late may have
+    /// published one more than was told.
+    fn prune(&self, pinned: &str) {
+        let mut goes = self.place.ids();
+        goes.pop().expect("the newest");
+        goes.retain(|id| id != pinned);
+        let see_each = |word| goes.iter().for_each(|id| self.see(&format!("{word} {id}")));
+        see_each("deleting");
+        let ran = self.place.program("prune").args(["--keep-last", "1"]).ok();
+        assert!(ran.stdout.contains("2 stay"), "{ran}");
+        see_each("deleted");
+    }
+
+    /// A cut has the size that the image has in the end: the file grows before anything is written.
+    fn grow(&self) {
+        self.see("growing");
+        self.place.program("grow").arg("+128M").ok();
+        self.see("grown");
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use e2ebak::error::Error;
+use e2ebak::snapshot::PIN;
 
 use super::common::{output, tool};
 use super::history::{BLOCK, History};
@@ -22,10 +23,21 @@ pub struct Verdict {
     pub torn: Vec<String>,
 }
 
+/// What the program has said by now.
+#[derive(Default)]
+pub struct Promised<'a> {
+    pub published: Vec<Published<'a>>,
+    /// Snapshots whose deletion is over.
+    pub deleted: Vec<&'a str>,
+    /// While the filesystem grows, e2fsck may have to repair it. It loses nothing.
+    pub growing: bool,
+}
+
 /// A snapshot that a run has said to be published, and the tree that it is of.
 pub struct Published<'a> {
     pub id: &'a str,
     pub tree: &'a Tree,
+    pub pinned: bool,
 }
 
 pub struct Judge<'a> {
@@ -45,7 +57,7 @@ impl Judge<'_> {
     pub fn judge(
         &mut self,
         image: &BTreeMap<u64, u32>,
-        promised: &[Published<'_>],
+        promised: &Promised<'_>,
         by_kernel: bool,
     ) -> Verdict {
         let mut verdict = Verdict::default();
@@ -54,7 +66,7 @@ impl Judge<'_> {
         }
         self.put_together(image);
         if by_kernel {
-            verdict.lost = kernel::judge(self.scratch, self.source, promised);
+            verdict.lost = kernel::judge(self.scratch, self.source, &promised.published);
         }
         let replay = run(tool("e2fsck")
             .args(["-fy", "-E", "journal_only"])
@@ -63,6 +75,12 @@ impl Judge<'_> {
             verdict
                 .torn
                 .push(format!("the journal is not replayed: {why}"));
+        }
+        if promised.growing {
+            let repair = run(tool("e2fsck").arg("-fy").arg(self.scratch));
+            if let Err(why) = repair.accept(&[0, 1]) {
+                verdict.torn.push(format!("cannot be repaired: {why}"));
+            }
         }
         let check = run(tool("e2fsck").arg("-fn").arg(self.scratch));
         if let Err(why) = check.accept(&[0]) {
@@ -112,7 +130,7 @@ impl Judge<'_> {
     }
 
     /// Copies what is published out of the volume, and judges that.
-    fn snapshots(&self, promised: &[Published<'_>], verdict: &mut Verdict) {
+    fn snapshots(&self, promised: &Promised<'_>, verdict: &mut Verdict) {
         let copied = self.scratch.with_extension("copied");
         fs::create_dir_all(copied.join("snapshots")).expect("a directory");
         let debugfs = |orders: &[String]| {
@@ -122,10 +140,15 @@ impl Judge<'_> {
         };
         // `/INODE/MODE/UID/GID/NAME/SIZE/`, a line each.
         let listed = debugfs(&["ls -p /snapshots".into()]).said;
-        let names = listed.lines().filter_map(|line| line.split('/').nth(5));
+        let names = || listed.lines().filter_map(|line| line.split('/').nth(5));
+        for Published { id, .. } in promised.published.iter().filter(|s| s.pinned) {
+            if !names().any(|name| name.strip_suffix(PIN) == Some(id)) {
+                verdict.lost.push(format!("{id} is no longer pinned"));
+            }
+        }
         let published = |name: &&str| !name.contains('.') || name.ends_with(".json");
         let to = copied.display();
-        let mut orders: Vec<String> = names
+        let mut orders: Vec<String> = names()
             .filter(published)
             .map(|name| format!("rdump /snapshots/{name} {to}/snapshots"))
             .collect();
@@ -138,7 +161,7 @@ impl Judge<'_> {
         fs::remove_dir_all(&copied).expect("removed");
     }
 
-    fn judge_copy(&self, copied: &Path, promised: &[Published<'_>], verdict: &mut Verdict) {
+    fn judge_copy(&self, copied: &Path, promised: &Promised<'_>, verdict: &mut Verdict) {
         let snapshots = copied.join("snapshots");
         let has_record = |id: &str| snapshots.join(format!("{id}.json")).is_file();
         let source = self.source.trim_start_matches('/');
@@ -146,7 +169,7 @@ impl Judge<'_> {
             let tree = snapshots.join(id).join(source);
             tree.is_dir().then(|| on_disk(&tree))
         };
-        for Published { id, tree } in promised {
+        for Published { id, tree, .. } in &promised.published {
             if !has_record(id) || read(id).as_ref() != Some(*tree) {
                 let why = format!("the snapshot {id} is gone or damaged");
                 verdict.lost.push(why);
@@ -155,7 +178,11 @@ impl Judge<'_> {
         let entries = fs::read_dir(&snapshots).into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
         for id in names.filter(|name| !name.contains('.')) {
-            let is_promised = promised.iter().any(|snapshot| snapshot.id == id);
+            let mut published = promised.published.iter();
+            let is_promised = published.any(|snapshot| snapshot.id == id);
+            if promised.deleted.contains(&id.as_str()) {
+                verdict.torn.push(format!("the snapshot {id} is back"));
+            }
             // Not yet promised, but there: then all of it.
             let whole = || has_record(&id) && read(&id).is_some_and(|t| self.trees.contains(&t));
             if !is_promised && !whole() {

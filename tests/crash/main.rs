@@ -25,10 +25,10 @@ use cuts::{Found, cut};
 use jobs::record;
 use random::Random;
 
-/// What half a minute of two cores is enough for.
-const CI_CUTS: usize = 1000;
+/// What a minute of two cores is enough for, with the recordings.
+const CI_CUTS: usize = 2000;
 /// The jobs are recorded anew after so many.
-const CUTS_OF_ONE: usize = 500;
+const CUTS_OF_ONE: usize = 1000;
 const CI_SEED: u64 = 1;
 /// Enough to find every lie of [`LIES`], which ends at the first that is found.
 const LIAR_CUTS: usize = 400;
@@ -45,7 +45,7 @@ const TESTS: [(&str, fn()); 3] = [
     ("a_swallowed_flush_is_found_out", || {
         if root_or_skip() {
             for lie in LIES {
-                let Found { lost, torn } = cut(
+                let Found { lost, torn, .. } = cut(
                     &record(&Sandbox::new(), lie, CI_SEED),
                     LIAR_CUTS,
                     CI_SEED,
@@ -116,6 +116,7 @@ fn all(cuts: usize, seed: u64, done: u32) -> Found {
         let more = cut(&record(&Sandbox::new(), done, seed), here, seed, false);
         found.lost += more.lost;
         found.torn += more.torn;
+        found.judged += more.judged;
         left -= here;
     }
     found

@@ -1,5 +1,6 @@
 //! How much is stored, sent and held in memory.
 
+use super::resources::{MEMORY_MAX, Most};
 use super::*;
 
 #[test]
@@ -129,15 +130,16 @@ fn a_gibibyte_over_sshd() {
     }
     place.init("5T").ok();
     let mut backup = place.backup(&source).spawn();
-    let mut memory = 0;
+    let mut most = Most::default();
     while !backup.is_over() {
-        memory = memory.max(memory_of_program(&sandbox));
+        most.look(&sandbox);
         std::thread::sleep(Duration::from_millis(100));
     }
+    let memory = most.memory;
     let backup = backup.wait().code(0);
     assert!(memory > 0, "nothing was measured");
     assert!(
-        memory < 300 * MIB,
+        memory < MEMORY_MAX,
         "a process of the program took {memory} bytes"
     );
     place.assert_closed();
@@ -154,26 +156,4 @@ fn a_gibibyte_over_sshd() {
     );
     assert_same_tree(&source, &restored);
     place.assert_closed();
-}
-
-/// The largest resident size that any process of the program has had, in bytes.
-fn memory_of_program(sandbox: &Sandbox) -> u64 {
-    let peak = |(pid, _): &(u32, String)| -> Option<u64> {
-        let exe = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-        if exe.file_name()? != "e2ebak" {
-            return None;
-        }
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))?;
-        let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse().ok()?;
-        Some(kib << 10)
-    };
-    sandbox
-        .processes()
-        .iter()
-        .filter_map(peak)
-        .max()
-        .unwrap_or(0)
 }

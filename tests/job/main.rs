@@ -7,6 +7,7 @@ mod common;
 mod amounts;
 mod choices;
 mod mounts;
+mod resources;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -87,8 +87,9 @@ type Closed = Arc<OnceLock<Instant>>;
 struct Double {
     text: String,
     seen: Instant,
-    /// Of the session that had it first.
-    closed: Closed,
+    /// Of the two sessions; either may be the one that was given up, since what it carried is read
+    /// when its thread comes to it.
+    closed: [Closed; 2],
 }
 
 /// A client sends again what a session carried that it has given up, and closes that a little later.
@@ -250,8 +251,11 @@ impl Model {
     pub fn violations(&self) -> Vec<String> {
         let world = self.world();
         let used = |double: &&Double| {
-            let closed = double.closed.get();
-            closed.is_none_or(|at| at.saturating_duration_since(double.seen) > GIVING_UP)
+            let goes_on = |closed: &Closed| {
+                let closed = closed.get();
+                closed.is_none_or(|at| at.saturating_duration_since(double.seen) > GIVING_UP)
+            };
+            double.closed.iter().all(goes_on)
         };
         world
             .doubles
@@ -460,14 +464,17 @@ impl World {
                     .get(other)
                     .is_some_and(|s| s.closed.get().is_none())
         };
-        if let Some((other, _, known)) = self.under_way.iter().find(overlaps) {
+        let ours = self.sessions.get(&session);
+        if let Some((other, _, known)) = self.under_way.iter().find(overlaps)
+            && let Some(ours) = ours
+        {
             let text = format!(
                 "{range:?} on session {session} while {known:?} is under way on session {other}"
             );
             self.doubles.push(Double {
                 text,
                 seen: Instant::now(),
-                closed: self.sessions[other].closed.clone(),
+                closed: [self.sessions[other].closed.clone(), ours.closed.clone()],
             });
         }
         self.under_way.push((session, inode, range));

@@ -219,7 +219,8 @@ pub(super) mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::layer::memory::{Memory, Operation};
+    use crate::layer::fault::{Faulty, Operation};
+    use crate::layer::memory::Memory;
     use crate::progress::Silent;
     use crate::units::MIB;
 
@@ -244,9 +245,9 @@ pub(super) mod tests {
         Arc::new(memory)
     }
 
-    pub fn job<'a>(memory: &'a Memory, pieces: &'a [Piece], subset: Subset) -> Reading<'a> {
+    pub fn job<'a>(image: &'a dyn Device, pieces: &'a [Piece], subset: Subset) -> Reading<'a> {
         Reading {
-            image: memory,
+            image,
             begins: BEGINS,
             sector: 4096,
             pieces,
@@ -280,9 +281,11 @@ pub(super) mod tests {
     #[test]
     fn what_cannot_be_read_is_told_and_the_rest_is_read() {
         let (memory, pieces) = (memory(), pieces());
-        memory.fail(Some(Operation::Read), 0, Kind::Io);
+        let faulty = Faulty::new(memory);
+        let faults = faulty.faults();
+        faults.fail(Some(Operation::Read), 0, Kind::Io);
         let one = &pieces[..1];
-        let read = read(&job(&memory, one, Subset::All)).expect("goes on");
+        let read = read(&job(&faulty, one, Subset::All)).expect("goes on");
         assert_eq!((read.refused, read.refused_at.len()), (8192, 2), "{read:?}");
         assert_eq!(read.lost, 0);
     }
