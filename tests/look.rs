@@ -25,11 +25,12 @@ fn as_user<'a>(program: Program<'a>) -> Program<'a> {
 /// Two snapshots of a tree that has changed in between. Their ids, older first.
 fn two_snapshots(place: &Place, source: &Path) -> [String; 2] {
     let write = |name: &str, content: &[u8]| fs::write(source.join(name), content).expect("write");
-    for dir in ["docs", "docs/old", "empty"] {
+    for dir in ["docs", "docs/old", "empty", "links"] {
         fs::create_dir_all(source.join(dir)).expect("mkdir");
     }
     write("docs/letter.txt", b"dear");
     write("docs/stays.txt", b"as it is");
+    fs::hard_link(source.join("docs/stays.txt"), source.join("links/one")).expect("a link");
     write("docs/mode", b"x");
     write("docs/old/gone", b"soon");
     write("large", &vec![7; 3_000_000]);
@@ -251,7 +252,7 @@ fn what_is_not_there_is_said_and_what_is_near_is_named() {
         .restore(&letter, &there)
         .run()
         .code(3)
-        .says("left as they are");
+        .says("left as it is");
     assert_eq!(fs::read(&there).expect("read"), b"mine");
     place.assert_closed();
 }
@@ -264,7 +265,7 @@ fn a_restore_takes_what_it_is_told_to_take() {
     let sandbox = Sandbox::new();
     let place = Place::local(&sandbox);
     let source = sandbox.dir("source");
-    two_snapshots(&place, &source);
+    let [first, _] = two_snapshots(&place, &source);
     let what = format!("latest:{}", source.display());
     let names = |dir: &Path| -> Vec<String> {
         let listed = run(tool("find")
@@ -299,7 +300,12 @@ fn a_restore_takes_what_it_is_told_to_take() {
     place.restore(&what, &stripped).args(["--strip", "2"]).ok();
     assert_eq!(
         names(&stripped),
-        ["letter.txt", "link", "mode", "new", "stays.txt"]
+        ["letter.txt", "link", "mode", "new", "one", "stays.txt"]
+    );
+    let inode = |path: PathBuf| fs::metadata(path).expect("stat").ino();
+    assert_eq!(
+        inode(stripped.join("one")),
+        inode(stripped.join("stays.txt"))
     );
 
     // Again and again: what is there and right is not read; what differs is replaced.
@@ -314,7 +320,7 @@ fn a_restore_takes_what_it_is_told_to_take() {
         .args(["--overwrite=if-changed", "--verify"])
         .ok();
     assert!(told.stdout.contains("restored 2 files"), "{told}");
-    assert!(told.stdout.contains("3 files were there already"), "{told}");
+    assert!(told.stdout.contains("4 files were there already"), "{told}");
     // DEST itself was there before, and stays as it was made.
     run(tool("touch").arg("-r").arg(&source).arg(&whole));
     assert_same_tree(&source, &whole);
@@ -324,7 +330,7 @@ fn a_restore_takes_what_it_is_told_to_take() {
     let told = place.restore(&inside, &whole).arg("--verify").run().code(3);
     let told = told
         .says("docs/new")
-        .says("1 files are not what was restored");
+        .says("1 file is not what was restored");
     drop(told);
 
     let several = sandbox.dir("several");
@@ -335,6 +341,18 @@ fn a_restore_takes_what_it_is_told_to_take() {
         .arg(&several)
         .ok();
     assert_eq!(names(&several), ["large", "letter.txt"]);
+
+    // Two paths that share a file; the same inode in another snapshot is another file.
+    let linked = sandbox.dir("linked");
+    let paths = [
+        format!("{what}/docs/stays.txt"),
+        format!("{what}/links"),
+        format!("{first}:{}/docs", source.display()),
+    ];
+    place.program("restore").args(&paths).arg(&linked).ok();
+    let inode = |name: &str| inode(linked.join(name));
+    assert_eq!(inode("stays.txt"), inode("links/one"));
+    assert_ne!(inode("stays.txt"), inode("docs/stays.txt"));
 
     let mounted = sandbox.path("mounted");
     place.restore(&what, &mounted).arg("--mount").ok();

@@ -15,6 +15,8 @@ mod link;
 mod model_server;
 #[path = "remote/redial.rs"]
 mod redial;
+#[path = "remote/resend.rs"]
+mod resend;
 #[path = "remote/rig.rs"]
 mod rig;
 #[path = "remote/shared.rs"]

@@ -1,4 +1,5 @@
-//! The whole stack beside sshfs, sftp and the bare engine, over a link with a delay: `scripts/bench-link`.
+//! The whole stack beside sshfs, sftp and the bare engine, over a link with a delay: `scripts/bench-link`;
+//! and restoring beside restic and borg: `scripts/bench-restore`.
 //!
 //! Everybody takes turns in every run, against one sshd, so that a busy machine slows all alike;
 //! figures are medians over the runs, and ratios are taken within a run.
@@ -13,6 +14,7 @@ mod peers;
 mod random;
 mod recipe;
 mod report;
+mod restore;
 mod rig;
 mod sequential;
 mod stop;
@@ -71,6 +73,14 @@ pub struct Args {
     #[arg(long, hide = true, default_value_t = 5.0)]
     outage: f32,
 
+    /// Restores beside restic and borg instead (scripts/bench-restore)
+    #[arg(long, hide = true)]
+    restore: bool,
+
+    /// How many files there are then
+    #[arg(long, hide = true, default_value_t = 50_000)]
+    files: u32,
+
     /// Cargo says so.
     #[arg(long, hide = true)]
     bench: bool,
@@ -79,6 +89,12 @@ pub struct Args {
 impl Args {
     fn wants(&self, part: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|only| only == part)
+    }
+
+    fn trips(&self) -> Vec<u64> {
+        let mut trips = self.rtt.clone();
+        trips.retain(|rtt| !self.quick || *rtt <= 20);
+        trips
     }
 
     fn runs(&self) -> usize {
@@ -108,14 +124,15 @@ fn run(args: &Args) {
         return recipe::compare(&Rig::new(&args), outage);
     }
     let mut report = Report::new(args);
+    if args.restore {
+        restore::compare(&Rig::empty(args), &args.trips(), &mut report);
+        return report.print();
+    }
     if args.wants("proxy") {
         sequential::proxy_alone(&mut report);
     }
     let rig = Rig::new(args);
-    let mut trips = args.rtt.clone();
-    if args.quick {
-        trips.retain(|rtt| *rtt <= 20);
-    }
+    let trips = args.trips();
     for &rtt in &trips {
         for run in 0..args.runs() {
             let turn = rig.turn(rtt, run);

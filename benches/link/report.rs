@@ -11,13 +11,15 @@ use crate::{Args, common, ext4, latency, random, sequential};
 pub const OURS: &str = "e2ebak";
 pub const SSHFS: &str = "sshfs";
 pub const SFTP: &str = "sftp";
+pub const RESTIC: &str = "restic";
+pub const BORG: &str = "borg";
 pub const ENGINE: &str = "engine";
 const TOGETHER: &str = "sftp + openssl";
 
 const MEMORY: &str = "session process, most memory";
 
 /// What is measured, and its heading.
-const METRICS: [(&str, &str, usize); 10] = [
+const METRICS: [(&str, &str, usize); 11] = [
     ("mb_per_s", "MB/s", 0),
     (
         "ops_per_s",
@@ -32,7 +34,8 @@ const METRICS: [(&str, &str, usize); 10] = [
     ("median_round_trips", "Latency in round trips, median", 2),
     ("p95_round_trips", "Latency in round trips, 95 of 100", 2),
     ("median_ms", "Latency in ms, median", 2),
-    ("seconds", "Seconds", 1),
+    ("seconds", "Seconds", 2),
+    ("mib_sent", "MiB that the server has sent", 1),
     ("files_per_s", "Files a second", 0),
     (
         "cpu_s_per_gib",
@@ -62,7 +65,10 @@ pub struct Report {
     args: Args,
     rows: Vec<Row>,
     judgements: Vec<Judgement>,
+    notes: Vec<String>,
     started: std::time::Instant,
+    /// What else the machine was doing then.
+    load: String,
 }
 
 impl Report {
@@ -71,8 +77,15 @@ impl Report {
             args: args.clone(),
             rows: Vec::new(),
             judgements: Vec::new(),
+            notes: Vec::new(),
             started: std::time::Instant::now(),
+            load: load(),
         }
+    }
+
+    /// A line for the heading.
+    pub fn note(&mut self, text: String) {
+        self.notes.push(text);
     }
 
     /// One sample.
@@ -244,8 +257,10 @@ impl Report {
 
     fn markdown(&self) -> String {
         let mut text = self.heading();
-        text.push_str("\n## Targets\n\n| what | RTT ms | of | measured | target | |\n");
-        text.push_str("|---|---:|---|---:|---:|---|\n");
+        if !self.judgements.is_empty() {
+            text.push_str("\n## Targets\n\n| what | RTT ms | of | measured | target | |\n");
+            text.push_str("|---|---:|---|---:|---:|---|\n");
+        }
         for j in &self.judgements {
             let sign = if j.at_least { "≥" } else { "≤" };
             let met = if j.met() { "ok" } else { "**missed**" };
@@ -282,7 +297,7 @@ impl Report {
         if rows.is_empty() {
             return String::new();
         }
-        let order = [OURS, SSHFS, SFTP, ENGINE, TOGETHER];
+        let order = [OURS, SSHFS, SFTP, ENGINE, TOGETHER, RESTIC, BORG];
         tools.sort_by_key(|tool| order.iter().position(|o| o == tool));
         let mut whats: Vec<&str> = lines.iter().map(|(what, _)| *what).collect();
         whats.dedup();
@@ -325,20 +340,41 @@ impl Report {
             .map_or("no bound on the rate".to_string(), |mbit| {
                 format!("bounded to {mbit} Mbit/s a direction")
             });
-        format!(
-            "# Benchmarks\n\nMade by `scripts/bench-link{}` on {}, in {} minutes.\n\n\
-             - {cores} x {}, Linux {}\n- {}, {}\n- the server's files are {store}; {bound}\n\
+        let (title, script, peers) = match self.args.restore {
+            false => ("Benchmarks", "bench-link", line("sshfs", &["--version"])),
+            true => {
+                let peers = [line("restic", &["version"]), line("borg", &["--version"])];
+                (
+                    "Restoring over a long link",
+                    "bench-restore",
+                    peers.join(", "),
+                )
+            }
+        };
+        let text = format!(
+            "# {title}\n\nMade by `scripts/{script}{}` on {}, in {} minutes.\n\n\
+             - {cores} x {}, Linux {}; load average {} before, {} after\n- {}, {peers}\n\
+             - the server's files are {store}; {bound}\n\
              - medians of {} runs, ratios within a run; everybody takes turns in every run\n",
             if self.args.quick { " --quick" } else { "" },
             line("date", &["-u", "+%Y-%m-%d"]),
             self.started.elapsed().as_secs() / 60,
             cpu.unwrap_or("processor"),
             line("uname", &["-r"]),
+            self.load,
+            load(),
             line("ssh", &["-V"]),
-            line("sshfs", &["--version"]),
             self.args.runs(),
-        )
+        );
+        let notes = self.notes.iter().map(|note| format!("- {note}\n"));
+        text + &notes.collect::<String>()
     }
+}
+
+/// Processes that wanted to run, over the last minute.
+fn load() -> String {
+    let all = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    all.split(' ').next().unwrap_or_default().to_string()
 }
 
 enum Target {

@@ -57,15 +57,7 @@ impl Amounts {
         }
     }
 
-    /// Bytes in order, of who may have several windows of SSH in flight.
-    pub fn bytes(&self, rtt: u64) -> u64 {
-        match rtt {
-            0..30 => self.there,
-            _ => self.there / 4 * 3,
-        }
-    }
-
-    /// The same of who has one, and is no faster with more.
+    /// Of `there`, what one SSH window at a time carries: who has no more is no faster with more.
     pub fn bytes_of_one_window(&self, rtt: u64) -> u64 {
         match rtt {
             0 => self.there,
@@ -135,6 +127,13 @@ fn refuse(why: &str) -> ! {
 
 impl Rig {
     pub fn new(args: &Args) -> Self {
+        let rig = Rig::empty(args);
+        rig.prepare();
+        rig
+    }
+
+    /// With nothing on the server.
+    pub fn empty(args: &Args) -> Self {
         let lock = only_one();
         if !args.disk {
             check_memory();
@@ -165,7 +164,7 @@ impl Rig {
             sandbox,
             _lock: lock,
         };
-        rig.prepare();
+        std::fs::write(rig.peers_config(), rig.config_text()).expect("a file");
         rig
     }
 
@@ -174,7 +173,6 @@ impl Rig {
         eprintln!("-- an image, and something to read");
         Place::over(&self.sandbox, &self.sshd).init("1T").ok();
         std::fs::rename(self.sshd.stored("a.img"), self.stored("image")).expect("an image");
-        std::fs::write(self.peers_config(), self.config_text()).expect("a file");
         let places = self.amounts.places();
         let fill = |file: &File, from: u64| {
             let mut work = Work::sequential(true, from, places.write, 2);
@@ -221,9 +219,18 @@ impl Rig {
         self.sandbox.path("ssh_config")
     }
 
+    pub fn is_proxied(&self, rtt: u64) -> bool {
+        rtt > 0 || self.shape.rate.is_some()
+    }
+
+    /// Bytes that have come through the proxy.
+    pub fn sent_by_server(&self) -> u64 {
+        self.proxy.sent_by_server()
+    }
+
     /// Where the server is at this distance. Without a delay nothing is in between.
     pub fn port(&self, rtt: u64) -> u16 {
-        if rtt == 0 && self.shape.rate.is_none() {
+        if !self.is_proxied(rtt) {
             return self.sshd.port();
         }
         self.proxy.reshape(Shape {

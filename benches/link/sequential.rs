@@ -50,7 +50,7 @@ pub fn measure(turn: &Turn<'_>, report: &mut Report) {
 /// The bytes, and how long they took.
 fn one(turn: &Turn<'_>, tool: &str, write: bool) -> (f64, Duration) {
     let amounts = turn.rig.amounts;
-    let many = amounts.bytes(turn.rtt);
+    let many = amounts.there;
     let few = amounts.bytes_of_one_window(turn.rtt);
     let places = amounts.places();
     let from = if write { places.write } else { places.read };

@@ -23,18 +23,27 @@ pub struct Shown {
 }
 
 impl Shown {
+    /// Whether it can be mounted on `directory`: [`Kind::Exists`] when that is not empty.
+    pub fn check(directory: &Path) -> Result<()> {
+        let shown = directory.display();
+        let listed = std::fs::read_dir(directory).attempt(|| format!("list {shown}"));
+        let mut entries = listed.map_err(|error| error.hint("give an empty directory"))?;
+        match entries.next() {
+            None => Ok(()),
+            Some(_) => {
+                let why = format!("{shown} is not empty");
+                Err(Error::new(Kind::Exists, why).hint("give an empty directory"))
+            }
+        }
+    }
+
     /// Mounts on `directory`, for this user only.
     ///
     /// # Errors
-    /// [`Kind::Denied`] when FUSE is not allowed here, [`Kind::Exists`] when the directory is not
-    /// empty.
+    /// [`Kind::Denied`] when FUSE is not allowed here, and those of [`Shown::check`].
     pub fn mount(view: View, directory: &Path) -> Result<Shown> {
+        Shown::check(directory)?;
         let shown = directory.display();
-        let mut entries = std::fs::read_dir(directory).attempt(|| format!("list {shown}"))?;
-        if entries.next().is_some() {
-            let why = format!("{shown} is not empty");
-            return Err(Error::new(Kind::Exists, why).hint("give an empty directory"));
-        }
         let (attached, fuse) = Attached::new(directory, true)?;
         let mut config = Config::default();
         config.n_threads = Some(THREADS);

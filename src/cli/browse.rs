@@ -31,6 +31,8 @@ pub struct Args {
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
     let doing = || format!("cannot show {location} in {}", args.directory.display());
+    // Before anybody types a passphrase.
+    Shown::check(&args.directory).attempt(doing)?;
     let (signals, stop) = session::count_signals()?;
     let show = || -> Result<Shown> {
         let mut keys = args.key.keys(&args.image.location, signals)?;

@@ -1,20 +1,18 @@
-use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-
 use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
+use crate::cli::findings::{FILESYSTEM_ADVICE, HEADER_ADVICE, Part, RECORD_ADVICE, Report};
 use crate::cli::key::{KeyArgs, Keys};
 use crate::cli::unmounted::unlock;
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4;
 use crate::host::{Means, Private};
-use crate::image::{self, DataRead, Reading, Sealed, Subset};
+use crate::image::{self, Reading, Sealed, Subset};
 use crate::location::Location;
 use crate::progress::{Event, Monitor};
 use crate::remote::lease::Lease;
@@ -24,7 +22,7 @@ use crate::session;
 use crate::snapshot;
 use crate::ui::say;
 use crate::ui::{Style, Terminal};
-use crate::units::{Bytes, parse_duration};
+use crate::units::parse_duration;
 
 /// How often somebody else's lease is looked at again.
 const LEASE_POLL: Duration = Duration::from_millis(500);
@@ -74,64 +72,6 @@ pub struct Args {
     output: OutputArgs,
 }
 
-/// What is wrong, and what to do.
-struct Finding {
-    part: Part,
-    what: String,
-    advice: String,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Header,
-    Filesystem,
-    Snapshots,
-    Data,
-}
-
-impl fmt::Display for Part {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Part::Header => "header",
-            Part::Filesystem => "filesystem",
-            Part::Snapshots => "snapshots",
-            Part::Data => "data",
-        })
-    }
-}
-
-#[derive(Default)]
-struct Report {
-    findings: Vec<Finding>,
-    /// What was looked at, one sentence each.
-    checked: Vec<(Part, String)>,
-    /// What was not looked at, and why.
-    left_out: Vec<String>,
-    snapshots: Option<snapshot::Checked>,
-    data: Option<DataRead>,
-}
-
-impl Report {
-    fn wrong(&mut self, part: Part, what: impl Into<String>, advice: &str) {
-        let (what, advice) = (what.into(), advice.into());
-        self.findings.push(Finding { part, what, advice });
-    }
-
-    fn fine(&mut self, part: Part, what: String) {
-        self.checked.push((part, what));
-    }
-}
-
-const HEADER_ADVICE: &str = "run `cryptsetup repair IMAGE` where the image is: it writes the \
-    damaged copy anew from the good one; `cryptsetup luksHeaderBackup` keeps a spare one elsewhere";
-const FILESYSTEM_ADVICE: &str = "restore or copy what you cannot lose (`e2ebak restore`, \
-    `e2ebak copy`); then, on a copy of the image, `cryptsetup open` it and have e2fsck -f repair it";
-const RECORD_ADVICE: &str = "it does not count as a snapshot and no policy deletes it; `e2ebak mount` \
-    the image and look into snapshots/; what you do not need may be removed there";
-const DATA_ADVICE: &str = "look into the server's disk before anything else; the files with these \
-    inodes (`find MOUNTPOINT/snapshots -inum N`) are damaged; a new backup of changed files \
-    does not repair what older snapshots share";
-
 /// What all parts of a check are given.
 struct Checker<'a> {
     args: &'a Args,
@@ -151,6 +91,7 @@ pub fn run(args: Args) -> Result<Ending> {
         Means::None { .. } => None,
     };
     let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let keys = args.key.keys(&args.image.location, signals)?;
     let checker = Checker {
         args: &args,
@@ -164,8 +105,8 @@ pub fn run(args: Args) -> Result<Ending> {
     terminal.finish();
     let report = report.attempt(doing)?;
     match args.json {
-        true => say!("{}", as_json(&report, clock.elapsed())),
-        false => print(&report, &args),
+        true => say!("{}", report.as_json(clock.elapsed())),
+        false => report.print(args.output.quiet),
     }
     match (report.findings.len(), report.left_out.is_empty()) {
         (0, true) => Ok(Ending::Clean),
@@ -199,7 +140,7 @@ impl Checker<'_> {
         let deadline = Instant::now() + self.args.wait;
         while let Some(who) = writer(&*store)? {
             if Instant::now() >= deadline {
-                let why = format!("{who} is writing it, and so nothing can be said of it");
+                let why = format!("nothing can be said of it while it is written by {who}");
                 let hint = "wait with `--wait 30m`, or unmount it";
                 return Err(Error::new(Kind::InUse, why).hint(hint));
             }
@@ -237,7 +178,8 @@ impl Checker<'_> {
         if sealed.warnings().is_empty() {
             let header = sealed.header();
             let (slots, id) = (header.keyslots().len(), header.sequence_id());
-            let what = format!("both copies agree, {slots} keyslots, sequence id {id}");
+            let plural = if slots == 1 { "" } else { "s" };
+            let what = format!("both copies agree, {slots} keyslot{plural}, sequence id {id}");
             report.fine(Part::Header, what);
         }
         Ok(Some(sealed))
@@ -379,45 +321,9 @@ impl Checker<'_> {
             monitor: self.terminal,
             check: &|| self.go_on(),
         })?;
-        judge(&read, report);
-        report.data = Some(read);
+        report.take_data(read);
         Ok(())
     }
-}
-
-fn judge(read: &DataRead, report: &mut Report) {
-    if read.lost > 0 {
-        let places = read.lost_at.iter().map(|(range, inode)| {
-            format!(
-                "\n    {} bytes at {} (inode {inode})",
-                range.end - range.start,
-                range.start
-            )
-        });
-        let places: String = places.collect();
-        let what = format!(
-            "the server has lost {} of what files hold: there are holes in the image{places}",
-            Bytes(read.lost)
-        );
-        report.wrong(Part::Data, what, DATA_ADVICE);
-    }
-    if read.refused > 0 {
-        let places = read.refused_at.iter().map(|(range, why)| {
-            format!(
-                "\n    {} bytes at {}: {why}",
-                range.end - range.start,
-                range.start
-            )
-        });
-        let places: String = places.collect();
-        let what = format!("{} cannot be read{places}", Bytes(read.refused));
-        report.wrong(Part::Data, what, DATA_ADVICE);
-    }
-    let mut what = format!("{} of {} read", Bytes(read.done), Bytes(read.total));
-    if read.out_of_time {
-        what += ", then the time was over";
-    }
-    report.fine(Part::Data, what);
 }
 
 /// Who writes the image, in words.
@@ -426,52 +332,4 @@ fn writer(store: &dyn Store) -> Result<Option<String>> {
     Ok(holder
         .filter(|holder| !holder.is_dead())
         .map(|holder| holder.describe()))
-}
-
-fn print(report: &Report, args: &Args) {
-    if !args.output.quiet {
-        for (part, what) in &report.checked {
-            say!("{:<11} {what}", part.to_string());
-        }
-    }
-    for why in &report.left_out {
-        say!("warning: {why}");
-    }
-    for finding in &report.findings {
-        say!("WRONG {}: {}", finding.part, finding.what);
-        say!("  what to do: {}", finding.advice);
-    }
-    if report.findings.is_empty() && !args.output.quiet {
-        say!("nothing is wrong with what was looked at");
-    }
-}
-
-fn as_json(report: &Report, took: Duration) -> Value {
-    let findings = report.findings.iter().map(|finding| {
-        let part = finding.part.to_string();
-        json!({"part": part, "message": finding.what, "advice": finding.advice})
-    });
-    let data = report.data.as_ref().map(|read| {
-        json!({
-            "total_bytes": read.total, "chosen_bytes": read.chosen, "read_bytes": read.done,
-            "lost_bytes": read.lost, "unreadable_bytes": read.refused,
-            "out_of_time": read.out_of_time,
-        })
-    });
-    let snapshots = report.snapshots.as_ref().map(|checked| {
-        json!({
-            "complete": checked.complete, "unfinished": checked.inflight,
-            "files": checked.files,
-        })
-    });
-    json!({
-        "message_type": "summary",
-        "version": 1,
-        "sound": report.findings.is_empty(),
-        "findings": findings.collect::<Vec<_>>(),
-        "not_checked": report.left_out,
-        "snapshots": snapshots,
-        "data": data,
-        "duration_seconds": took.as_secs_f64(),
-    })
 }

@@ -94,7 +94,8 @@ pub fn run(args: Args) -> Result<Ending> {
         return Err(Error::new(Kind::Usage, "both are the same image")).attempt(doing);
     }
     let terminal = Terminal::new(Style::choose(args.output.quiet, args.json));
-    let (_, stop) = session::count_signals()?;
+    let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let check = || match stop.load(Ordering::Relaxed) {
         true => Err(Error::new(
             Kind::Interrupted,
@@ -215,7 +216,10 @@ fn copy_to(
         link.identity_file = Some(std::path::absolute(file)?);
     }
     let store = image::connect(to, &link)?;
-    let lease = take_lease(&store, to, args.wait, check)?;
+    let lease = take_lease(&store, to, args.wait, check).map_err(|error| match error.kind() {
+        Kind::NotFound => error.hint("the copy is made, and no directory for it: make that first"),
+        _ => error,
+    })?;
     let held = Held {
         location: to,
         link,

@@ -94,6 +94,7 @@ pub fn run(args: Args) -> Result<Ending> {
         _ => None,
     };
     let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let keys = args.key.keys(&args.image.location, signals)?;
     let check = || match stop.load(std::sync::atomic::Ordering::Relaxed) {
         true => Err(Error::new(
@@ -242,20 +243,23 @@ fn target(wanted: Wanted, now: Now) -> Result<u64> {
             Bytes(max)
         ));
     }
-    if !size.is_multiple_of(SECTOR) {
-        let below = size / SECTOR * SECTOR;
-        return refuse(format!(
-            "a size of {size} bytes is no multiple of {SECTOR}; {below} is"
-        ));
-    }
     if size < now.image {
         let why = format!(
             "it has {} ({} bytes) now, and an image never gets smaller: what lies at its end would be lost",
             Bytes(now.image),
             now.image
         );
-        let error = Error::new(Kind::Usage, why);
-        return Err(error.hint("its unused space takes no room on the server after `e2ebak trim`"));
+        let hint = match size < KIB {
+            true => "a number alone is one of bytes; write it like 500G or 5T",
+            false => "its unused space takes no room on the server after `e2ebak trim`",
+        };
+        return Err(Error::new(Kind::Usage, why).hint(hint));
+    }
+    if !size.is_multiple_of(SECTOR) {
+        let below = size / SECTOR * SECTOR;
+        return refuse(format!(
+            "a size of {size} bytes is no multiple of {SECTOR}; {below} is"
+        ));
     }
     Ok(size)
 }
@@ -285,6 +289,9 @@ fn filesystem_size(volume: &dyn Device) -> Result<u64> {
 /// A server's filesystem has its own largest file, which SFTP cannot be asked for.
 fn too_large(error: Error, size: u64) -> Error {
     let kind = error.kind();
+    if !matches!(kind, Kind::Io | Kind::NoSpace | Kind::Usage) {
+        return error;
+    }
     let attempt = format!(
         "the server does not take a file of {} ({size} bytes)",
         Bytes(size)

@@ -46,6 +46,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
     let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let mut keys = args.key.keys(&location.to_string(), signals)?;
     let terminal = Terminal::new(Style::choose(args.output.quiet, false));
     let creation = Creation {

@@ -10,12 +10,19 @@ use crate::retention::Policy;
 use crate::snapshot::{self, Catalogue, Group, Grouping, Id};
 use crate::units::parse_duration;
 
+fn parse_count(text: &str) -> Result<u32, String> {
+    let wrong = |_| format!("`{text}` is no number of snapshots");
+    text.parse().map_err(wrong)
+}
+
 #[derive(Args, Clone)]
 pub struct KeepArgs {
     /// Keep the N newest snapshots
     #[arg(
         long,
         value_name = "N",
+        value_parser = parse_count,
+        allow_negative_numbers = true,
         default_value_t = 0,
         hide_default_value = true,
         help_heading = "Keep"
@@ -26,6 +33,8 @@ pub struct KeepArgs {
     #[arg(
         long,
         value_name = "N",
+        value_parser = parse_count,
+        allow_negative_numbers = true,
         default_value_t = 0,
         hide_default_value = true,
         help_heading = "Keep"
@@ -36,6 +45,8 @@ pub struct KeepArgs {
     #[arg(
         long,
         value_name = "N",
+        value_parser = parse_count,
+        allow_negative_numbers = true,
         default_value_t = 0,
         hide_default_value = true,
         help_heading = "Keep"
@@ -46,6 +57,8 @@ pub struct KeepArgs {
     #[arg(
         long,
         value_name = "N",
+        value_parser = parse_count,
+        allow_negative_numbers = true,
         default_value_t = 0,
         hide_default_value = true,
         help_heading = "Keep"
@@ -56,6 +69,8 @@ pub struct KeepArgs {
     #[arg(
         long,
         value_name = "N",
+        value_parser = parse_count,
+        allow_negative_numbers = true,
         default_value_t = 0,
         hide_default_value = true,
         help_heading = "Keep"
@@ -66,6 +81,8 @@ pub struct KeepArgs {
     #[arg(
         long,
         value_name = "N",
+        value_parser = parse_count,
+        allow_negative_numbers = true,
         default_value_t = 0,
         hide_default_value = true,
         help_heading = "Keep"

@@ -34,6 +34,10 @@ impl What {
         };
         let path = if path.is_empty() { &b"/"[..] } else { path };
         match std::str::from_utf8(name) {
+            Ok(name) if name.starts_with('/') => {
+                let why = format!("`{}` does not begin with a snapshot", text.display());
+                Err(Error::new(Kind::Usage, why).hint(format!("write latest:{}", text.display())))
+            }
             Ok(name) if !name.is_empty() => Ok(What {
                 snapshot: name.into(),
                 path: path.to_vec(),
@@ -179,6 +183,7 @@ mod tests {
         assert_eq!(both("latest"), some("latest", "/"));
         assert_eq!(both("latest:"), some("latest", "/"));
         assert_eq!(both(":/etc"), None);
+        assert_eq!(both("/etc"), None);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod diff;
 mod dump;
 mod entry;
 mod find;
+mod findings;
 mod grow;
 mod info;
 mod init;

@@ -58,7 +58,7 @@ pub fn run(args: Args) -> Result<Ending> {
     let location = args.image.location()?;
     let doing = || format!("cannot prune {location}");
     if args.keep.is_empty() {
-        let error = Error::new(Kind::Usage, "no --keep-... option was given");
+        let error = Error::new(Kind::Usage, "no --keep-... option keeps anything");
         return Err(error.hint("for example --keep-daily 7 --keep-weekly 4")).attempt(doing);
     }
     if args.dry_run {

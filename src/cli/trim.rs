@@ -85,6 +85,7 @@ pub fn perform(
     let location = image.location()?;
     let terminal = Terminal::new(Style::choose(quiet, false));
     let (signals, stop) = session::count_signals()?;
+    session::end_at_second_signal(&signals)?;
     let keys = key.keys(&image.location, signals)?;
     let link = image.link()?;
     let args = Trim {
@@ -145,7 +146,7 @@ pub fn take_lease(
                 std::thread::sleep(LEASE_POLL);
                 check()?;
             }
-            other => return other,
+            other => return other.map_err(|error| session::hint_at_mount(error, location)),
         }
     }
 }
@@ -197,7 +198,7 @@ fn trim_held(
     }
     say!("  by     {backend}");
     say!(
-        "  free   {} in {} runs, {} in use",
+        "  free   {} in {} runs, {} in use with metadata",
         Bytes(trimmed.free),
         trimmed.runs,
         Bytes(trimmed.used)

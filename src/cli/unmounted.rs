@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::image::{self, LinkSettings, Opened};
 use crate::location::Location;
 use crate::remote::Access;
-use crate::remote::lease::Lease;
+use crate::remote::lease::{Holder, Lease};
 use crate::restore::Filesystem;
 use crate::session::KeySource;
 use crate::ui::tell;
@@ -16,20 +16,37 @@ pub fn open(
     keys: &mut dyn KeySource,
 ) -> Result<Filesystem> {
     let store = image::connect(location, link)?;
-    let sealed = image::inspect(&*store, Access::ReadOnly)?;
-    for warning in sealed.warnings() {
-        tell!("warning: {warning}");
-    }
-    if let Some(holder) = Lease::peek(&*store)? {
-        tell!(
+    std::thread::scope(|scope| {
+        // A round trip that nobody has to wait for.
+        let peek = || Lease::peek(&*store);
+        let peeking = std::thread::Builder::new().spawn_scoped(scope, peek);
+        let sealed = image::inspect(&*store, Access::ReadOnly)?;
+        for warning in sealed.warnings() {
+            tell!("warning: {warning}");
+        }
+        let unlocked = unlock(sealed, keys)?;
+        // Without a thread it is asked for here.
+        let lease = peeking.ok().and_then(|thread| thread.join().ok());
+        tell_writer(lease.unwrap_or_else(peek));
+        Filesystem::open(unlocked.volume.device()).map_err(|e| {
+            e.hint("after a crash the next `e2ebak backup` or `mount` puts the filesystem in order")
+        })
+    })
+}
+
+/// Reading needs no lease, so that one which cannot be read does not stop it.
+fn tell_writer(lease: Result<Option<Holder>>) {
+    match lease {
+        Ok(None) => {}
+        Ok(Some(holder)) => tell!(
             "warning: {} is writing this image; what is shown may be about to change",
             holder.describe()
-        );
+        ),
+        Err(error) => tell!(
+            "warning: whether somebody is writing this image is not known: {}",
+            error.chain().join(": ")
+        ),
     }
-    let view = Filesystem::open(unlock(sealed, keys)?.volume.device());
-    view.map_err(|e| {
-        e.hint("after a crash the next `e2ebak backup` or `mount` puts the filesystem in order")
-    })
 }
 
 /// Asks for keys until one opens the image or the source gives up.

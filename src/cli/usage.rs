@@ -9,8 +9,9 @@ use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::key::KeyArgs;
 use crate::cli::mounted;
 use crate::error::{Attempt, Result};
-use crate::image;
+use crate::image::{self, Quota};
 use crate::remote::{Access, Space};
+use crate::session;
 use crate::snapshot::{self, Share};
 use crate::ui::say;
 use crate::ui::{Style, Table, Terminal};
@@ -23,7 +24,8 @@ const BAR: u64 = 40;
 ///
 /// "Unique" is what deleting that snapshot alone would free; what several snapshots have is shared.
 /// Trees that are unfinished, damaged or being deleted are marked with `*`. How much the image takes
-/// on the server is known where commands may be run there over ssh, else it is unknown.
+/// on the server, and the quota of its user there, are known where commands may be run over ssh, else
+/// they are unknown.
 ///
 /// The image is mounted read-only, where nobody sees it.
 #[derive(clap::Args)]
@@ -46,6 +48,7 @@ struct Facts {
     image: u64,
     stored: Option<u64>,
     server: Option<Space>,
+    quota: Option<Quota>,
     filesystem: u64,
     used: u64,
     free: u64,
@@ -75,17 +78,21 @@ pub fn run(args: Args) -> Result<Ending> {
     let wait = Duration::ZERO;
     let counted = mounted::with(&args.image, &args.key, true, wait, &terminal, work);
     let (filesystem, free, shares) = counted.attempt(doing)?;
+    // Nothing is held any more; a link that is down need not be waited for.
+    session::end_at_signals()?;
     let look = || -> Result<_> {
         let store = image::connect(&location, &link)?;
         let size = store.open(Access::ReadOnly)?.size();
         let stored = image::stored_bytes(&*store, &location, &link, size)?;
-        Ok((size, stored, store.space()?))
+        let quota = image::quota(&location, &link)?;
+        Ok((size, stored, store.space()?, quota))
     };
-    let (size, stored, server) = look().attempt(doing)?;
+    let (size, stored, server, quota) = look().attempt(doing)?;
     let facts = Facts {
         image: size,
         stored,
         server,
+        quota,
         filesystem,
         used: filesystem - free,
         free,
@@ -112,6 +119,9 @@ fn as_json(facts: &Facts) -> Value {
         "reclaimable_bytes": facts.reclaimable(),
         "server_free_bytes": facts.server.map(|s| s.free),
         "server_total_bytes": facts.server.map(|s| s.total),
+        "server_quota": facts.quota.map(|quota| json!({
+            "used_bytes": quota.used, "limit_bytes": quota.limit,
+        })),
         "filesystem_bytes": facts.filesystem,
         "filesystem_used_bytes": facts.used,
         "filesystem_free_bytes": facts.free,
@@ -134,6 +144,15 @@ fn print(facts: &Facts) {
         known(facts.reclaimable())
     );
     say!("server free  {}", known(facts.server.map(|s| s.free)));
+    let quota = match facts.quota {
+        None => "unknown".into(),
+        Some(Quota { limit: None, .. }) => "none".into(),
+        Some(Quota {
+            used,
+            limit: Some(limit),
+        }) => format!("{} used of {}", Bytes(used), Bytes(limit)),
+    };
+    say!("quota        {quota}");
     let bars = std::io::stdout().is_terminal();
     let most = facts.shares.iter().map(|s| s.usage.unique + s.usage.shared);
     let most = most.max().unwrap_or(0).max(1);

@@ -45,6 +45,10 @@ pub const FILE_NAME: &str = "volume";
 /// milliseconds after its filesystem is gone, once its last requests are answered.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long the threads that serve may take to notice that their mount has gone: it is a matter of
+/// milliseconds.
+const SERVING_LIMIT: Duration = Duration::from_secs(2);
+
 /// Event loops, each with a descriptor of its own. They never wait for the device.
 const EVENT_LOOPS: usize = 2; // take in more than 100,000 requests a second
 
@@ -159,8 +163,8 @@ impl Export {
             .lock()
             .unwrap_or_else(|e| e.into_inner())
             .take();
-        if let Some(Err(_)) = serving.map(JoinHandle::join) {
-            warn!("a thread that served the volume panicked");
+        if let Some(serving) = serving {
+            self.end_serving(serving);
         }
         if !self.handlers.finish(RELEASE_LIMIT) {
             warn!("some requests still wait for the device"); // only after an abort
@@ -169,11 +173,38 @@ impl Export {
         Ok(())
     }
 
+    /// Waits for the end of the threads that serve. The kernel keeps the connection as long as
+    /// another mount namespace has a copy of the mount, which may be for ever; nobody has the file
+    /// open, so such a connection is aborted, or left to the end of this process.
+    fn end_serving(&self, serving: JoinHandle<std::io::Result<()>>) {
+        if !is_finished_within(&serving, SERVING_LIMIT) {
+            debug!(directory = %self.attached.directory().display(), "another mount namespace has a copy of it");
+            let aborted = attach::abort_by_number(self.connection());
+            if aborted.is_err() || !is_finished_within(&serving, RELEASE_LIMIT) {
+                return;
+            }
+        }
+        if serving.join().is_err() {
+            warn!("a thread that served the volume panicked");
+        }
+    }
+
     /// Gives up: everybody who waits for an answer gets an error at once, and the mount goes as
     /// soon as nobody holds it. Data not yet flushed are lost.
     pub fn abort(&self) -> Result<()> {
         self.attached.abort()
     }
+}
+
+fn is_finished_within<T>(thread: &JoinHandle<T>, limit: Duration) -> bool {
+    let start = Instant::now();
+    while !thread.is_finished() {
+        if start.elapsed() > limit {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    true
 }
 
 /// Aborts a FUSE connection from any process of the same user but the one that serves it, by its

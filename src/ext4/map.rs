@@ -8,14 +8,13 @@
 use std::ops::Range;
 
 use super::checksum::crc32c;
+use super::journal_blocks::read_journal;
+use super::ranges::{Ranges, intersection, merged, without};
 use super::superblock::{BLOCK_UNINIT, INODE_UNINIT, INODE_ZEROED};
-use super::{Fault, Group, IN_INODE, Inode, Superblock, damaged, parse_node, u16_at, u32_at};
+use super::{Fault, Group, Superblock, damaged, u16_at, u32_at};
 
 /// Reads a range of the volume, by its offset in bytes.
 pub type Read<'a, E> = &'a mut dyn FnMut(u64, &mut [u8]) -> Result<(), E>;
-
-/// Runs of bytes of the volume, ascending, neither touching nor overlapping.
-pub type Ranges = Vec<Range<u64>>;
 
 /// What is where, in bytes of the volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,8 +23,9 @@ pub struct Map {
     pub size: u64,
     /// Bytes of blocks that are allocated.
     pub used: u64,
-    /// May hold what nobody needs any more: free blocks of groups that were in use, and the journal
-    /// without its first block, which a closed filesystem does not read.
+    /// May hold what nobody needs any more: free blocks of groups that were in use, the journal
+    /// without its first block, which a closed filesystem does not read, and the room for copies of
+    /// further group descriptors, which nobody reads before it is written.
     pub free: Ranges,
     /// All that may have to be read again. What is in neither was never written.
     pub live: Ranges,
@@ -41,8 +41,6 @@ const RO_COMPAT_KNOWN: u32 = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x40 | 0x100 | 0x40
 const RO_COMPAT_ORPHAN_PRESENT: u32 = 0x1_0000;
 const COMPAT_SPARSE_SUPER2: u32 = 0x200;
 const STATE_ERRORS: u16 = 0x2;
-
-const JOURNAL_MAGIC: u32 = 0xC03B_3998;
 
 /// Reads that are this close to each other become one, up to [`RUN_MAX`].
 const GAP_BLOCKS: u64 = 16;
@@ -213,68 +211,6 @@ fn read_bitmap(
     }
 }
 
-/// The blocks of the journal after its first, if it is as simple as mkfs makes it and closed.
-fn read_journal<E>(
-    fs: &Superblock,
-    groups: &[Group],
-    read: Read<'_, E>,
-) -> Result<Vec<Range<u64>>, E> {
-    let Some(number) = fs.journal.filter(|number| *number > 0) else {
-        return Ok(Vec::new());
-    };
-    let Some((group, place)) = fs.locate(number) else {
-        return Ok(Vec::new());
-    };
-    let Some(group) = groups.get(group as usize) else {
-        return Ok(Vec::new());
-    };
-    let at = group.inode_table * fs.block_size + place * fs.inode_size as u64;
-    let mut inode = vec![0; fs.inode_size];
-    read(at, &mut inode)?;
-    let inode = Inode::parse(fs, number, &inode);
-    let Some(extents) = inode.ok().and_then(|inode| journal_extents(fs, &inode)) else {
-        return Ok(Vec::new());
-    };
-    let mut head = [0; 32];
-    match extents.first() {
-        Some(first) => read(first.start * fs.block_size, &mut head)?,
-        None => return Ok(Vec::new()),
-    }
-    let word = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    // No transaction is waiting (jbd2, `s_start`).
-    if word(0) != JOURNAL_MAGIC || word(0x1C) != 0 {
-        return Ok(Vec::new());
-    }
-    let mut runs = extents;
-    runs[0].start += 1;
-    runs.retain(|run| !run.is_empty());
-    Ok(runs)
-}
-
-/// The extents of the journal's inode, in the order of the file; `None` in any doubt.
-fn journal_extents(fs: &Superblock, inode: &Inode) -> Option<Vec<Range<u64>>> {
-    if inode.format != super::Format::Extents {
-        return None;
-    }
-    let node = parse_node(fs, inode, IN_INODE, &inode.root).ok()?;
-    if node.depth != 0 {
-        return None;
-    }
-    let blocks = inode.size / fs.block_size;
-    let mut runs = Vec::new();
-    let mut next = 0;
-    while next < blocks {
-        let super::Step::Run(run) = node.find(next, blocks) else {
-            return None;
-        };
-        // A hole, or blocks that were never written, which a journal has not.
-        let start = run.start?;
-        runs.push(start..start + run.length);
-        next += run.length;
-    }
-    (inode.size == next * fs.block_size).then_some(runs)
-}
-
 fn assemble(
     fs: &Superblock,
     groups: &[Group],
@@ -284,6 +220,7 @@ fn assemble(
     let taken = merged(taken);
     let journal = merged(journal);
     let mut known: Vec<Range<u64>> = Vec::new();
+    let mut spare: Vec<Range<u64>> = Vec::new();
     let mut tables: Vec<Range<u64>> = Vec::new();
     let mut live: Vec<Range<u64>> = Vec::new();
     let descriptors = (fs.groups() * fs.descriptor_size).div_ceil(fs.block_size);
@@ -300,8 +237,14 @@ fn assemble(
             live.push(group.inode_bitmap..group.inode_bitmap + 1);
         }
         if fs.has_copy(number) {
-            let end = blocks.start + 1 + descriptors + fs.reserved_descriptor_blocks;
-            live.push(blocks.start..end.min(blocks.end));
+            let end = (blocks.start + 1 + descriptors).min(blocks.end);
+            let room = end..(end + fs.reserved_descriptor_blocks).min(blocks.end);
+            live.push(blocks.start..end);
+            match number {
+                // The blocks there list where the others are.
+                0 => live.push(room),
+                _ => spare.push(room),
+            }
         }
         let whole = group.inode_table..group.inode_table + fs.inode_table_blocks();
         let inodes = match (group.flags & INODE_ZEROED, group.flags & INODE_UNINIT) {
@@ -317,12 +260,14 @@ fn assemble(
         tables.push(group.inode_bitmap..group.inode_bitmap + 1);
     }
     // Tables are allocated from the beginning and written as they fill.
+    let spare = merged(spare);
     let data = without(&without(&taken, &merged(tables)), &journal);
-    live.extend(data);
+    live.extend(without(&data, &spare));
     live.retain(|run| !run.is_empty());
     let mut free = without(&merged(known), &taken);
-    // Only what is allocated, and so the journal's.
+    // Only what is allocated, and so theirs.
     free.extend(intersection(&journal, &taken));
+    free.extend(intersection(&spare, &taken));
     let live = merged(live);
     let free = without(&merged(free), &live);
     let bytes = |runs: Ranges| -> Ranges {
@@ -339,51 +284,8 @@ fn assemble(
     }
 }
 
-/// Sorts ranges and joins those that touch or overlap.
-pub fn merged(mut ranges: Vec<Range<u64>>) -> Ranges {
-    ranges.sort_unstable_by_key(|range| (range.start, range.end));
-    let mut joined: Ranges = Vec::with_capacity(ranges.len());
-    for range in ranges.into_iter().filter(|range| !range.is_empty()) {
-        match joined.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => joined.push(range),
-        }
-    }
-    joined
-}
-
-/// What of `from` is not in `what`; both merged.
-pub fn without(from: &[Range<u64>], what: &[Range<u64>]) -> Ranges {
-    let mut rest = Ranges::new();
-    let mut what = what.iter().peekable();
-    for range in from {
-        let mut start = range.start;
-        while let Some(cut) = what.peek() {
-            if cut.start >= range.end {
-                break;
-            }
-            if cut.start > start {
-                rest.push(start..cut.start);
-            }
-            start = start.max(cut.end);
-            if cut.end > range.end {
-                break;
-            }
-            what.next();
-        }
-        if start < range.end {
-            rest.push(start..range.end);
-        }
-    }
-    rest
-}
-
-fn intersection(a: &[Range<u64>], b: &[Range<u64>]) -> Ranges {
-    without(a, &without(a, b))
-}
-
 #[cfg(test)]
-#[allow(clippy::single_range_in_vec_init)] // sets of ranges, some with one
+#[allow(clippy::single_range_in_vec_init)] // a set of ranges with one
 mod tests {
     use super::*;
     use std::fs::File;
@@ -413,19 +315,6 @@ mod tests {
             size,
         )
         .expect("reads")
-    }
-
-    #[test]
-    fn ranges_are_sets() {
-        let merged = merged(vec![5..7, 0..2, 2..3, 6..9, 4..4]);
-        assert_eq!(merged, [0..3, 5..9]);
-        assert_eq!(without(&merged, &[1..2, 6..7]), [0..1, 2..3, 5..6, 7..9]);
-        assert_eq!(without(&merged, &[0..100]), Ranges::new());
-        assert_eq!(
-            without(&[0..3, 5..9, 12..14], &[2..6, 8..13]),
-            [0..2, 6..8, 13..14]
-        );
-        assert_eq!(intersection(&merged, &[2..6]), [2..3, 5..6]);
     }
 
     /// dumpe2fs says which blocks are free; debugfs fills and empties without mounting.
@@ -491,7 +380,9 @@ mod tests {
             }
             shell(&format!(
                 "cd {}; e2fsck -fn fs >log 2>&1 || {{ cat log >&2; false; }}; \
-                 for i in 1 3 4 6 8; do debugfs -R \"cat f$i\" fs 2>/dev/null | cmp - a; done",
+                 for i in 1 3 4 6 8; do debugfs -R \"cat f$i\" fs 2>/dev/null | cmp - a; done; \
+                 truncate -s 5G fs; resize2fs fs >log 2>&1 || {{ cat log >&2; false; }}; \
+                 e2fsck -fn fs >log 2>&1 || {{ cat log >&2; false; }}",
                 dir.path().display()
             ));
         }

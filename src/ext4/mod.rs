@@ -14,7 +14,9 @@ mod extent;
 mod files;
 mod inode;
 pub mod journal;
+mod journal_blocks;
 mod map;
+mod ranges;
 mod superblock;
 
 use std::fmt;
@@ -24,7 +26,8 @@ pub use directory::{DirEntry, block_entries, inline_entries};
 pub use extent::{IN_INODE, Node, Run, Step, parse_node};
 pub use files::{Piece, pieces};
 pub use inode::{Format, Inode, Stamp};
-pub use map::{Map, Ranges, Read, map, merged, size, without};
+pub use map::{Map, Read, map, size};
+pub use ranges::{Ranges, merged, without};
 pub use superblock::{Group, Superblock};
 
 /// Why bytes are not what they should be.

@@ -3,6 +3,7 @@
 use super::checksum::{crc32c, crc32c_without};
 use super::{Fault, array, damaged, u16_at, u32_at};
 
+const COMPAT_RESIZE_INODE: u32 = 0x10;
 const COMPAT_HAS_JOURNAL: u32 = 0x4;
 
 const INCOMPAT_RECOVER: u32 = 0x4;
@@ -133,7 +134,10 @@ impl Superblock {
             },
             first_meta_group: (incompat & INCOMPAT_META_BG != 0)
                 .then(|| u64::from(u32_at(sb, 0x104))),
-            reserved_descriptor_blocks: u64::from(u16_at(sb, 0xCE)),
+            reserved_descriptor_blocks: match compat & COMPAT_RESIZE_INODE {
+                0 => 0,
+                _ => u64::from(u16_at(sb, 0xCE)),
+            },
             sparse_super: ro_compat & RO_COMPAT_SPARSE_SUPER != 0,
         };
         let bits = fs.block_size * 8;

@@ -10,6 +10,8 @@
 mod copy;
 mod create;
 mod data;
+mod parallel;
+mod quota;
 mod server_shell;
 mod trim;
 
@@ -22,6 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use copy::{Copied, CopyJob, PART, SUMS, copy};
 pub use create::{Created, Creation, create};
 pub use data::{Read as DataRead, Reading, Subset, read as read_data};
+pub use quota::{Quota, quota};
 pub use server_shell::{data_ranges, stored_bytes};
 pub use trim::{Backend, Job as TrimJob, Trimmed, trim};
 
@@ -202,11 +205,34 @@ impl Sealed {
 
     /// Tries the key on every keyslot. [`Kind::WrongKey`] when none opens.
     pub fn unlock(&self, key: &Secret) -> Result<Unlocked> {
-        let mut read = |offset: u64, into: &mut [u8]| self.device.read_exact_at(into, offset);
-        let (keyslot, volume_key) = self.loaded.header.unlock(key, &mut read)?;
-        Ok(Unlocked {
-            keyslot,
-            volume_key,
+        let header = &self.loaded.header;
+        let area = header.first_area().unwrap_or(0..0);
+        std::thread::scope(|scope| {
+            // It comes while the key is derived, which takes seconds.
+            let fetch = || {
+                let mut bytes = vec![0; (area.end - area.start) as usize];
+                let read = self.device.read_exact_at(&mut bytes, area.start);
+                read.is_ok().then_some(bytes)
+            };
+            let thread = std::thread::Builder::new().name("keyslot".into());
+            let mut fetching = thread.spawn_scoped(scope, fetch).ok();
+            let mut read = |offset: u64, into: &mut [u8]| {
+                let fetched = match offset == area.start {
+                    true => fetching.take().and_then(|thread| thread.join().ok()?),
+                    false => None,
+                };
+                match fetched.filter(|bytes| bytes.len() == into.len()) {
+                    Some(bytes) => into.copy_from_slice(&bytes),
+                    // Whatever was wrong with it, it is told here.
+                    None => self.device.read_exact_at(into, offset)?,
+                }
+                Ok(())
+            };
+            let (keyslot, volume_key) = header.unlock(key, &mut read)?;
+            Ok(Unlocked {
+                keyslot,
+                volume_key,
+            })
         })
     }
 

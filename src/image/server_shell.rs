@@ -50,7 +50,7 @@ if fallocate -p -o "$o" -l "$l" "$f"; then :; else echo "e2ebak no holes in file
 esac; done'"#;
 
 /// A shell that has been asked something.
-struct Shell {
+pub(super) struct Shell {
     writer: Box<dyn Write + Send>,
     lines: std::sync::mpsc::Receiver<String>,
     handle: Arc<dyn Handle>,
@@ -58,7 +58,7 @@ struct Shell {
 
 impl Shell {
     /// `None` where there can be none: a local file, `--ssh-command`, `--ssh built-in`, a path with a newline.
-    fn start(location: &Location, link: &LinkSettings, script: &str) -> Result<Option<Shell>> {
+    pub fn start(location: &Location, link: &LinkSettings, script: &str) -> Result<Option<Shell>> {
         let Location::Sftp(server, path) = location else {
             return Ok(None);
         };
@@ -107,7 +107,7 @@ impl Shell {
     }
 
     /// What comes after `e2ebak` in its next answer.
-    fn answer(&self) -> Result<String> {
+    pub fn answer(&self) -> Result<String> {
         let refused = |why: &str| Error::new(Kind::Unsupported, why);
         for _ in 0..LINES_MAX {
             match self.lines.recv_timeout(PATIENCE) {

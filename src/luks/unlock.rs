@@ -1,5 +1,7 @@
 //! From a passphrase to the volume key (specification section 5).
 
+use std::ops::Range;
+
 use tracing::debug;
 
 use crate::error::{Attempt, Error, Kind, Result};
@@ -51,6 +53,13 @@ impl Header {
             }
         }
         Err(refusal(tried, &skipped))
+    }
+
+    /// What [`Header::unlock`] reads first, once it has derived a key: bytes of the image.
+    pub fn first_area(&self) -> Option<Range<u64>> {
+        let first = *self.keyslots_to_try().first()?;
+        let start = first.area().offset();
+        Some(start..start.checked_add(first.split_size())?)
     }
 
     /// Those of the volume key, in the order in which they are tried.

@@ -117,6 +117,8 @@ struct State {
     conversation: Conversation<Ticket>,
     queue: VecDeque<Outgoing>,
     bytes_in_flight: usize,
+    /// Callers that wait for room in the budget.
+    waiting_for_room: usize,
     /// Requests that may keep the server's disk busy.
     busy: usize,
     /// When the first of the requests now waiting was made.
@@ -398,8 +400,13 @@ impl Shared {
                 || (requests > 0 && bytes > self.bounds.bytes_in_flight);
             waits && over && state.dead.is_none()
         };
-        let waited = self.room.wait_while(self.lock(), full);
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        while full(&mut state) {
+            state.waiting_for_room += 1;
+            let waited = self.room.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+            state.waiting_for_room -= 1;
+        }
         if let Some(cause) = &state.dead {
             return Err(cause.clone().into());
         }
@@ -430,8 +437,13 @@ impl Shared {
         let mut stream = BufReader::with_capacity(READ_AHEAD, heard);
         let mut first = true;
         let cause = loop {
+            let mut waited_for = false;
             let event = match read_packet(&mut stream, first) {
-                Ok(Some(packet)) => self.lock().receive(packet),
+                Ok(Some(packet)) => {
+                    let mut state = self.lock();
+                    waited_for = state.waiting_for_room > 0;
+                    state.receive(packet)
+                }
                 Ok(None) => break self.stream_ended(None),
                 Err(Broken::Io(error)) => break self.stream_ended(Some(error)),
                 Err(Broken::Text(begin)) => break self.text_before_sftp(begin, &mut stream),
@@ -444,7 +456,9 @@ impl Shared {
                     let _ = ready.send(extensions); // whoever started us may have given up
                 }
                 Ok(Some(Event::Reply { ticket, reply })) => {
-                    self.room.notify_all();
+                    if waited_for {
+                        self.room.notify_all();
+                    }
                     trace!(tag = ticket.tag, reply = reply.noun(), "reply");
                     let _ = ticket.to.send((ticket.tag, Ok(reply))); // nobody may want it
                 }
@@ -599,6 +613,9 @@ struct Heard<'a> {
 impl Read for Heard<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let len = self.stream.read(buf)?;
+        if len == 0 {
+            return Ok(0); // the end is no word of the server's
+        }
         let now = self.shared.born.elapsed().as_millis();
         let now = u64::try_from(now).unwrap_or(u64::MAX);
         self.shared.heard.store(now, Ordering::Relaxed);

@@ -9,10 +9,14 @@ use std::time::Duration;
 
 /// Numbers of sessions, each a step. With more than one, bulk data leave the first alone: small
 /// reads never wait behind them. With three, one can sync while another writes.
-const STEPS: [usize; 4] = [1, 3, 5, 8];
+const STEPS: [usize; 3] = [1, 3, 8];
 
 /// The step that is taken wherever there is much to carry.
 const STEP_ALWAYS: usize = 1;
+
+/// The step that is taken, and tried, where the round trip is long: at once, since every step takes
+/// several round trips.
+const STEP_LONG: usize = 2;
 
 /// Below this round trip a session is never full before a processor is.
 const SHORT: Duration = Duration::from_millis(2);
@@ -120,9 +124,12 @@ impl Growth {
         }
         let full_for = sample.now.saturating_sub(since);
         let long = sample.round_trip.is_some_and(|time| time > SHORT);
-        let next = self.step + 1;
-        let may = next < STEPS.len() && self.wanted() < self.most;
-        if full_for < FULL_FOR || !may || (next > STEP_ALWAYS && !long) {
+        let next = match long {
+            true => STEP_LONG,
+            false => STEP_ALWAYS,
+        };
+        let may = next > self.step && self.wanted() < self.most;
+        if full_for < FULL_FOR || !may {
             return;
         }
         if sample.now < self.not_before || sample.sessions < self.wanted() {
@@ -159,7 +166,7 @@ impl Growth {
         }
         let rate = (sample.bytes - bytes) as f64 / took.as_secs_f64();
         if rate < trial.rate * GAIN {
-            self.step -= 1;
+            self.step = STEP_ALWAYS;
             self.not_before = sample.now + RETRY_AFTER;
         }
         self.trial = None;

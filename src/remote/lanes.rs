@@ -136,6 +136,9 @@ struct Shared {
     state: Mutex<State>,
     /// A session came, went or has room; or all is over.
     changed: Condvar,
+    /// Held by the one bulk errand that waits for room: the others would wake for nothing whenever
+    /// one is done. Taken before `state`.
+    turn: Mutex<()>,
     /// Something for the watching thread.
     watch: Condvar,
     counter: AtomicU64,
@@ -207,6 +210,7 @@ impl Lanes {
                 name: name.into(),
                 state: Mutex::new(state),
                 changed: Condvar::new(),
+                turn: Mutex::new(()),
                 watch: Condvar::new(),
                 counter,
                 full: AtomicBool::new(false),
@@ -449,6 +453,7 @@ impl Shared {
 
     /// A session for an errand, which counts as under way there.
     fn pick(&self, errand: Errand) -> Result<Arc<Session>> {
+        let mut turn = None;
         let mut state = self.lock();
         loop {
             if let Some(why) = &state.over {
@@ -460,6 +465,12 @@ impl Shared {
             if let Some(session) = state.choose(errand) {
                 session.load.fetch_add(errand.load(), Ordering::Relaxed);
                 return Ok(session.clone());
+            }
+            if errand.is_bulk() && turn.is_none() {
+                drop(state);
+                turn = Some(self.turn.lock().unwrap_or_else(PoisonError::into_inner));
+                state = self.lock();
+                continue;
             }
             let patience = match &state.down {
                 None => {

@@ -15,7 +15,7 @@
 //!   A full disk, a dead link and a request to stop end the run.
 //!
 //! Names, kinds, owners by number, modes, extended attributes, ACLs, times, holes and hard links
-//! (among the files of one call) are kept. Memory grows with the directories and with the files
+//! (among the files of one call, or of those that share their [`HardLinks`]) are kept. Memory grows with the directories and with the files
 //! that have more than one name in the image, by about 70 bytes each: in a snapshot nearly all of
 //! them have.
 
@@ -38,6 +38,7 @@ use crate::error::Result;
 use crate::progress::Monitor;
 
 pub use apply::Shortfall;
+pub use hard_links::HardLinks;
 pub use mounted::{Footprint, MountedTree};
 pub use outcome::{Failure, LISTED_MAX, Listed, Outcome};
 pub use source::{Attribute, Content, Entry, FileKind, HERE, Metadata, Piece, Source, Time};
@@ -80,7 +81,8 @@ pub struct Options<'run> {
 ///
 /// Symbolic links on the way to `from` are followed inside the source. `from` itself is not,
 /// unless a slash ends it. An error means that the run has ended early: what is in place is whole,
-/// and calling again with the same arguments takes the rest. An outcome may have errors of its own:
+/// and calling again takes the rest, with the same arguments, or with `from` and `/.` when the
+/// first call has made `dest`. An outcome may have errors of its own:
 /// files that are missing or not as they were.
 pub fn copy(
     source: &mut dyn Source,
@@ -89,5 +91,25 @@ pub fn copy(
     options: Options<'_>,
     monitor: &dyn Monitor,
 ) -> Result<Outcome> {
-    copier::run(source, from, dest, options, monitor)
+    copy_linking(
+        source,
+        from,
+        dest,
+        options,
+        &mut HardLinks::default(),
+        monitor,
+    )
+}
+
+/// The same for one path of several, of one snapshot and for one DEST: files that share an inode
+/// with one that an earlier call has restored become links to it.
+pub fn copy_linking(
+    source: &mut dyn Source,
+    from: &Path,
+    dest: &Path,
+    options: Options<'_>,
+    links: &mut HardLinks,
+    monitor: &dyn Monitor,
+) -> Result<Outcome> {
+    copier::run(source, from, dest, options, links, monitor)
 }

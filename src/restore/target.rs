@@ -4,6 +4,7 @@
 //! followed: directories are entered one by one beneath DEST, new things are made under a temporary
 //! name that nobody else has, and only what is whole takes its final name, by one rename.
 
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -12,6 +13,7 @@ use rustix::io::Errno;
 
 use super::Overwrite;
 use super::descent::{Descent, Identity, check_name, identity, open_at, show};
+use super::hard_links::First;
 use super::source::{FileKind, Metadata};
 use crate::error::{Attempt, Error, Kind, Result};
 
@@ -33,9 +35,28 @@ pub(super) enum Placed {
     Existing,
 }
 
+/// What was made and is to be synced.
+pub(super) enum Owed {
+    File(File),
+    /// Something that no descriptor can sync.
+    Other,
+}
+
+/// What is not on stable storage yet.
+enum Unsynced {
+    /// So few files and directories that each is synced by itself.
+    Few(Vec<OwnedFd>),
+    /// All of the filesystem has to be, with whatever others write there.
+    Many,
+}
+
+/// More than this is synced with the whole filesystem.
+const FEW: usize = 16;
+
 pub(super) struct Target {
     way: Descent,
     overwrite: Overwrite,
+    unsynced: Unsynced,
 }
 
 impl Target {
@@ -47,6 +68,7 @@ impl Target {
         Ok(Target {
             way: Descent::new(root, RULES),
             overwrite,
+            unsynced: Unsynced::Few(Vec::new()),
         })
     }
 
@@ -68,6 +90,8 @@ impl Target {
     /// Goes back up. A filesystem that was mounted on the directory is synced, for
     /// [`Target::sync`] reaches only DEST's own.
     pub fn leave(&mut self) -> Result<()> {
+        let left = self.way.here().try_clone_to_owned();
+        self.owes(left.map_or(Owed::Other, |fd| Owed::File(fd.into())));
         match self.way.leave()? {
             Some(fd) => sync(fd.as_fd()),
             None => Ok(()),
@@ -82,8 +106,28 @@ impl Target {
         identity(self.way.root())
     }
 
+    /// Notes what [`Target::sync`] has to sync; the directories that are left it knows.
+    pub fn owes(&mut self, owed: Owed) {
+        match (&mut self.unsynced, owed) {
+            (Unsynced::Few(few), Owed::File(file)) if few.len() < FEW => few.push(file.into()),
+            _ => self.unsynced = Unsynced::Many,
+        }
+    }
+
+    /// Puts what was made on stable storage.
     pub fn sync(&self) -> Result<()> {
-        sync(self.way.root())
+        let Unsynced::Few(few) = &self.unsynced else {
+            return sync(self.way.root());
+        };
+        for fd in few.iter().map(AsFd::as_fd).chain([self.way.root()]) {
+            match rustix::fs::fsync(fd) {
+                Ok(()) => {}
+                // There are filesystems that sync no directories.
+                Err(Errno::INVAL) => return sync(self.way.root()),
+                Err(errno) => return Err(errno).attempt(|| "sync what was restored"),
+            }
+        }
+        Ok(())
     }
 
     /// Whether something that must stay has the name. A directory never gives way to a file.
@@ -132,6 +176,14 @@ impl Target {
         })
     }
 
+    /// Which inode has the name.
+    pub fn inode_of(&self, name: &[u8]) -> Result<u64> {
+        check_name(name)?;
+        let stat = rustix::fs::statat(self.way.here(), name, AtFlags::SYMLINK_NOFOLLOW)
+            .attempt(|| format!("examine {}", show(name)))?;
+        Ok(stat.st_ino)
+    }
+
     fn kind_of(&self, name: &[u8]) -> Result<Option<FileType>> {
         match rustix::fs::statat(self.way.here(), name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
@@ -141,13 +193,12 @@ impl Target {
     }
 
     /// A new empty file, open for writing by its maker only.
-    pub fn new_file(&self) -> Result<(Temporary<'_>, std::fs::File)> {
+    pub fn new_file(&self) -> Result<(Temporary<'_>, File)> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
-        let (temporary, file) = self.temporary(|here, name| {
-            rustix::fs::openat(here, name, flags, mode).map(std::fs::File::from)
-        })?;
+        let (temporary, file) = self
+            .temporary(|here, name| rustix::fs::openat(here, name, flags, mode).map(File::from))?;
         Ok((temporary, file))
     }
 
@@ -221,15 +272,17 @@ impl Target {
         }
     }
 
-    /// Makes `name` one more name of the file that this restore has put at `first` in the
-    /// directory reached by `names` from DEST.
-    pub fn link<'n>(
-        &self,
-        names: impl Iterator<Item = &'n [u8]>,
-        first: &[u8],
-        name: &[u8],
-    ) -> Result<Placed> {
-        let there = self.way.open(names)?;
+    /// Makes `name` one more name of the file that this restore has put at `first`, if it still is
+    /// what was made there.
+    pub fn link(&mut self, first: &First<'_>, name: &[u8]) -> Result<Placed> {
+        self.owes(Owed::Other);
+        let there = self.way.open(first.way.iter().copied())?;
+        let (made, first) = (first.made, first.name);
+        let found = rustix::fs::statat(&there, first, AtFlags::SYMLINK_NOFOLLOW);
+        if !found.is_ok_and(|found| found.st_ino == made) {
+            let attempt = format!("{} was replaced meanwhile", show(first));
+            return Err(Error::new(Kind::Io, attempt));
+        }
         match self.overwrite {
             Overwrite::Never => {
                 check_name(name)?;
@@ -332,6 +385,29 @@ fn sync(directory: BorrowedFd<'_>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn few_files_are_synced_by_themselves() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut target = Target::open(dir.path(), Overwrite::Never).expect("opens");
+        let is_few = |target: &Target| matches!(target.unsynced, Unsynced::Few(_));
+        let file = || Owed::File(tempfile::tempfile().expect("a file"));
+        target.enter(b"new").expect("made");
+        target.leave().expect("left");
+        for _ in 1..FEW {
+            target.owes(file());
+        }
+        assert!(is_few(&target));
+        target.sync().expect("synced");
+        target.owes(file());
+        assert!(!is_few(&target));
+        target.owes(file());
+        assert!(!is_few(&target), "once too many, always too many");
+        target.sync().expect("synced");
+        let mut target = Target::open(dir.path(), Overwrite::Never).expect("opens");
+        target.owes(Owed::Other);
+        assert!(!is_few(&target));
+    }
 
     #[test]
     fn no_link_is_entered_wherever_it_leads() {

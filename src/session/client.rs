@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tracing::level_filters::LevelFilter;
 
 use super::VERB;
+use super::signals::ENOUGH_SIGNALS;
 use super::wire::{Order, Place, Plan, Report, Status, receive, send, send_key};
 use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::host::spawn::{self, Fate};
@@ -27,8 +28,10 @@ const POLL: Duration = Duration::from_millis(100);
 /// before it is killed: enough to release the lease over a slow link.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// So many signals end a session at once.
-const ENOUGH_SIGNALS: usize = 2;
+/// One is enough where the link stays down for so long after it: an orderly end would wait for the
+/// link, up to its deadline. Not for a mount for everybody: what others have written there may be
+/// nowhere else.
+const LINK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where keys come from, and whether asking again makes sense.
 pub trait KeySource {
@@ -48,6 +51,8 @@ pub struct Session {
     signals: Arc<AtomicUsize>,
     monitor: Arc<dyn Monitor>,
     detached: bool,
+    /// Signals have ended the session.
+    given_up: Arc<AtomicBool>,
     /// Nobody waits for the session any more.
     over: Arc<AtomicBool>,
 }
@@ -56,7 +61,7 @@ impl Session {
     /// Starts the session process and waits until the filesystem is mounted.
     ///
     /// `signals` counts the signals that asked to stop: the first ends the session in order, a
-    /// second one abandons it.
+    /// second one abandons it, and the first does where the link is down and stays so.
     pub fn start(
         plan: &Plan,
         keys: &mut dyn KeySource,
@@ -121,22 +126,36 @@ impl Session {
             signals,
             monitor,
             detached: false,
+            given_up: Arc::default(),
             over: Arc::default(),
         };
         send(&mut session.to, plan)?;
         session.mounted_at = session.until_ready(keys)?;
-        session.heed_second_signal()?;
+        session.heed_signals(matches!(plan.place, Place::Private(_)))?;
         Ok(session)
     }
 
-    /// A second signal ends the session also while the command waits in the kernel for the
-    /// filesystem, where no signal reaches it: the end of the session wakes it.
-    fn heed_second_signal(&self) -> Result<()> {
+    /// Signals end the session also while the command waits in the kernel for the filesystem,
+    /// where no signal reaches it: the end of the session wakes it.
+    fn heed_signals(&self, one_without_link: bool) -> Result<()> {
         let (signals, over) = (self.signals.clone(), self.over.clone());
+        let (given_up, monitor) = (self.given_up.clone(), self.monitor.clone());
+        let status = self.status_later();
         let mut to = self.to.try_clone().attempt(|| "share the socket")?;
         let heed = move || {
+            let mut waiting_since = None;
             while !over.load(Ordering::Relaxed) {
-                if signals.load(Ordering::Relaxed) >= ENOUGH_SIGNALS {
+                let asked = signals.load(Ordering::Relaxed);
+                let waits = one_without_link && asked > 0 && status().link_down.is_some();
+                waiting_since = waits.then(|| waiting_since.unwrap_or_else(Instant::now));
+                let in_vain = waiting_since.is_some_and(|since| since.elapsed() >= LINK_PATIENCE);
+                if in_vain || asked >= ENOUGH_SIGNALS {
+                    given_up.store(true, Ordering::Relaxed);
+                    if in_vain {
+                        let text = "stopped while the link is down: what was not yet synced is \
+                                    given up, and the next run goes on from there";
+                        monitor.report(Event::Warning(text.into()));
+                    }
                     let _ = send(&mut to, &Order::Abandon); // it may have ended by itself
                     return;
                 }
@@ -221,12 +240,10 @@ impl Session {
         self.monitor.report(Event::Phase("unmount"));
         if let Err(error) = send(&mut self.to, &Order::Close) {
             // Signals have ended it, or it has ended by itself.
-            return Err(
-                match self.signals.load(Ordering::Relaxed) >= ENOUGH_SIGNALS {
-                    true => Error::new(Kind::Interrupted, "interrupted by a signal"),
-                    false => error,
-                },
-            );
+            return Err(match self.is_given_up() {
+                true => Error::new(Kind::Interrupted, "interrupted by a signal"),
+                false => error,
+            });
         }
         let patience = self.signals.load(Ordering::Relaxed).max(1) + 1;
         match self.next_report(patience) {
@@ -238,6 +255,11 @@ impl Session {
                 Err(error)
             }
         }
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+            || self.signals.load(Ordering::Relaxed) >= ENOUGH_SIGNALS
     }
 
     /// Ends the session at once.
@@ -268,9 +290,7 @@ impl Session {
         loop {
             match self.reports.recv_timeout(POLL) {
                 Ok(report) => return Ok(report),
-                Err(RecvTimeoutError::Disconnected)
-                    if self.signals.load(Ordering::Relaxed) >= ENOUGH_SIGNALS =>
-                {
+                Err(RecvTimeoutError::Disconnected) if self.is_given_up() => {
                     return Err(Error::new(Kind::Interrupted, "interrupted by a signal"));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
@@ -360,43 +380,4 @@ impl Listener {
             }
         }
     }
-}
-
-/// Counts SIGINT, SIGTERM and SIGHUP, and sets `stop` at the first.
-pub fn count_signals() -> Result<(Arc<AtomicUsize>, Arc<AtomicBool>)> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    let count = Arc::new(AtomicUsize::new(0));
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut signals = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM])
-        .attempt(|| "listen for signals")?;
-    let (counted, stopped) = (count.clone(), stop.clone());
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            for _ in signals.forever() {
-                counted.fetch_add(1, Ordering::Relaxed);
-                stopped.store(true, Ordering::Relaxed);
-            }
-        })
-        .attempt(|| "start a thread")?;
-    Ok((count, stop))
-}
-
-/// Ends the program at a signal, for verbs that hold and write nothing; counts them for the prompt,
-/// which turns the echo on again first.
-pub fn end_at_signals() -> Result<Arc<AtomicUsize>> {
-    let (count, _) = count_signals()?;
-    let counted = count.clone();
-    let watch = move || {
-        while counted.load(Ordering::Relaxed) == 0 {
-            thread::sleep(POLL);
-        }
-        thread::sleep(5 * POLL);
-        std::process::exit(i32::from(Kind::Interrupted.exit_code()));
-    };
-    let started = thread::Builder::new()
-        .name("signals-end".into())
-        .spawn(watch);
-    started.attempt(|| "start a thread")?;
-    Ok(count)
 }

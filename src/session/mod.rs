@@ -24,17 +24,19 @@ mod grow;
 mod keeping;
 mod mounts;
 mod server;
+mod signals;
 mod stage;
 mod telling;
 #[doc(hidden)] // for `fuzz/`
 pub mod wire;
 
-pub use client::{KeySource, Session, count_signals, end_at_signals};
+pub use client::{KeySource, Session};
 pub use close::{Closed, close_mount};
 pub use fsck::{Fscked, fsck};
 pub use grow::{fill_mounted, fill_unmounted};
-pub use mounts::{PublicMount, enter_private, public_mount};
+pub use mounts::{PublicMount, enter_private, hint_at_mount, public_mount};
 pub use server::serve;
+pub use signals::{count_signals, end_at_second_signal, end_at_signals};
 pub use wire::{LinkDown, Place, Plan, Status};
 
 /// The hidden verb that the session process is started with.

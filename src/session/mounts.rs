@@ -129,6 +129,17 @@ pub fn public_mount(location: &Location) -> Result<Option<PublicMount>> {
     }))
 }
 
+/// An image that is in use because this user has mounted it is best unmounted.
+pub fn hint_at_mount(error: Error, location: &Location) -> Error {
+    match (error.kind(), public_mount(location)) {
+        (Kind::InUse, Ok(Some(mount))) => {
+            let at = mount.mountpoint.display();
+            error.hint(format!("it is mounted: `e2ebak umount {at}`"))
+        }
+        _ => error,
+    }
+}
+
 /// Moves this process into a mount namespace of its own, without the public mounts of this user in
 /// it, so that they can be unmounted while it runs.
 ///

@@ -249,7 +249,7 @@ impl Server {
                     }
                     self.pause(LEASE_POLL.min(deadline.saturating_duration_since(Instant::now())))?;
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(mounts::hint_at_mount(error, location)),
             }
         }
     }

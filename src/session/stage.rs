@@ -254,7 +254,9 @@ impl Below {
             true => self.export.unmount(),
             false => {
                 let why = "the volume is still in use; what is written to it from now on is lost";
-                self.export.abort().and(Err(Error::new(Kind::InUse, why)))
+                let hint = "another mount namespace may have a copy of the mount: `lsns -t mnt`";
+                let error = Error::new(Kind::InUse, why).hint(hint);
+                self.export.abort().and(Err(error))
             }
         };
         drop(self.export);

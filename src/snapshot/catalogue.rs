@@ -164,7 +164,9 @@ impl Catalogue {
             [one] => Ok(one),
             [] => {
                 let error = none(format!("no complete snapshot is named `{name}`"));
+                let is_latest = !name.is_empty() && super::LATEST.starts_with(name);
                 Err(match self.nearest(name) {
+                    Some(_) if is_latest => error.hint("write `latest` in full"),
                     Some(near) => error.hint(format!("the nearest in time is {near}")),
                     None => error.hint("there is no complete snapshot yet"),
                 })

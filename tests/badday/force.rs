@@ -108,3 +108,31 @@ fn a_busy_mount_goes_by_force_and_loses_nothing() {
     Program::new(&sandbox, "umount").arg(&at).ok();
     place.assert_closed();
 }
+
+/// A container or `unshare --mount` that began meanwhile has copies of all mounts.
+#[test]
+fn a_copy_of_the_mount_in_another_namespace_hangs_nobody() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::local(&sandbox);
+    let at = mounted(&place);
+    // Of the volume's file alone: where the filesystem is copied as well, it stays mounted.
+    let script = "umount \"$1\"; : > \"$2\"; exec sleep 600";
+    let ready = sandbox.path("ready");
+    let mut elsewhere = common::private_shell(script);
+    let mut elsewhere = elsewhere
+        .arg("sh")
+        .arg(&at)
+        .arg(&ready)
+        .spawn()
+        .expect("runs");
+    common::wait_for("a namespace", Duration::from_secs(30), || ready.exists());
+    let ran = Program::new(&sandbox, "umount").arg(&at).run();
+    let _ = elsewhere.kill();
+    let _ = elsewhere.wait();
+    assert!(ran.took < Duration::from_secs(60), "{ran}");
+    ran.code(0);
+    is_free(&place, &at);
+}

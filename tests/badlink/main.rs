@@ -29,7 +29,12 @@ struct Far {
 
 impl Far {
     fn new(sandbox: &Sandbox) -> Self {
-        let sshd = Sshd::start(sandbox);
+        Far::with(sandbox, &[])
+    }
+
+    /// With more lines in the server's configuration.
+    fn with(sandbox: &Sandbox, extra: &[&str]) -> Self {
+        let sshd = Sshd::with(sandbox, extra);
         let proxy = Proxy::to_port(sshd.port(), Shape::default());
         Far { sshd, proxy }
     }
@@ -87,13 +92,46 @@ fn under_way(place: &Place, source: &Path, seed: u64, options: &[&str]) -> Runni
     running
 }
 
+/// What each SFTP server has been asked, a file for each.
+struct Protocol(PathBuf);
+
+impl Protocol {
+    fn new(sandbox: &Sandbox) -> Self {
+        Protocol(sandbox.dir("protocol"))
+    }
+
+    /// For the server's configuration.
+    fn rule(&self) -> String {
+        let server = tool("sftp-server").get_program().to_owned();
+        let (server, into) = (server.display(), self.0.display());
+        format!("ForceCommand exec {server} -e -l DEBUG 2>>{into}/$$")
+    }
+
+    fn servers(&self) -> Vec<PathBuf> {
+        let files = fs::read_dir(&self.0).expect("a directory");
+        files.map(|file| file.expect("a file").path()).collect()
+    }
+}
+
+/// Writes that these servers were asked for and have done.
+fn writes(servers: &[PathBuf]) -> usize {
+    let of_one = |file: &PathBuf| {
+        let text = fs::read_to_string(file).expect("a protocol");
+        text.lines()
+            .filter(|line| line.contains(": write "))
+            .count()
+    };
+    servers.iter().map(of_one).sum()
+}
+
 #[test]
 fn a_connection_that_ends_in_any_way_is_made_anew() {
     if !root_or_skip() {
         return;
     }
     let sandbox = Sandbox::new();
-    let far = Far::new(&sandbox);
+    let protocol = Protocol::new(&sandbox);
+    let far = Far::with(&sandbox, &[&protocol.rule()]);
     let place = far.place(&sandbox);
     let source = source(&sandbox);
     place.init("200M").ok();
@@ -118,9 +156,17 @@ fn a_connection_that_ends_in_any_way_is_made_anew() {
     // Packets vanish; those under way arrive when ssh is dead and its successor is at work.
     let running = under_way(&place, &source, 3, &late);
     far.proxy.freeze_connected();
+    std::thread::sleep(Duration::from_millis(500)); // what had passed the link is done by then
+    let dead = protocol.servers();
+    let in_time = writes(&dead);
     wait_for("a second connection", HANG, || far.proxy.connections() > 1);
+    let begun = |servers: &[PathBuf]| servers.iter().any(|server| !dead.contains(server));
+    wait_for("its servers", HANG, || begun(&protocol.servers()));
+    assert_eq!(writes(&dead), in_time, "the link is frozen");
     far.proxy.thaw();
     running.wait().code(0);
+    let late = writes(&dead) - in_time;
+    assert!(late > 0, "no write landed late: this shows nothing");
     is_whole(&place, &source);
     assert_eq!(place.ids().len(), 3);
 }
@@ -179,7 +225,8 @@ fn after_the_deadline_nothing_is_published_and_the_next_run_goes_on() {
     assert_eq!(place.ids().len(), 2);
 }
 
-/// Two signals end a run whose server cannot be reached, long before the deadline.
+/// One signal ends a run whose server cannot be reached, long before the deadline; two end it at
+/// once.
 #[test]
 fn a_backup_without_a_link_can_be_stopped() {
     if !root_or_skip() {
@@ -190,21 +237,28 @@ fn a_backup_without_a_link_can_be_stopped() {
     let place = far.place(&sandbox);
     let source = source(&sandbox);
     place.init("200M").ok();
-    let running = under_way(&place, &source, 1, &["--late-writes", "1s"]);
-    far.drop_link();
-    std::thread::sleep(Duration::from_secs(1));
-    let asked = Instant::now();
-    running.signal(Signal::TERM);
-    std::thread::sleep(Duration::from_secs(2));
-    running.signal(Signal::TERM);
-    let ran = running.wait().code(130);
-    assert!(asked.elapsed() < HANG, "{ran}");
-    sandbox.assert_nothing_left();
-    far.proxy.refuse(false);
-    // As after a crash: it puts the filesystem in order first.
-    place.backup(&source).ok();
-    is_whole(&place, &source);
-    assert_eq!(place.ids().len(), 1);
+    for (round, signals) in [1, 2].into_iter().enumerate() {
+        let options = ["--late-writes", "1s", "--io-deadline", "5m"];
+        let running = under_way(&place, &source, round as u64, &options);
+        far.drop_link();
+        std::thread::sleep(Duration::from_secs(1));
+        for _ in 0..signals {
+            running.signal(Signal::TERM);
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        let asked = Instant::now();
+        let ran = running.wait().code(130);
+        assert!(asked.elapsed() < HANG / 2, "{ran}");
+        let why = ran.stdout.contains("stopped while the link is down");
+        assert_eq!(why, signals == 1, "{ran}");
+        sandbox.assert_nothing_left();
+        far.proxy.refuse(false);
+        assert_eq!(place.ids().len(), round, "nothing is published");
+        // As after a crash: it puts the filesystem in order first.
+        place.backup(&source).ok();
+        is_whole(&place, &source);
+        assert_eq!(place.ids().len(), round + 1);
+    }
 }
 
 /// Something synced and something that is not, on a mount.
@@ -334,17 +388,34 @@ impl<'a> Relayed<'a> {
             ran.code(0);
         } else if !ran.code_of(&[0, 14]).status.success() {
             self.place.backup(&self.source).ok();
+            self.sweep_leases();
         }
         is_whole(&self.place, &self.source);
     }
 
-    /// Requests to act at: a handful, or with `E2EBAK_BREAKS=all` all of them.
-    fn moments(&self, handful: u64) -> Vec<u64> {
-        if std::env::var("E2EBAK_BREAKS").as_deref() == Ok("all") {
-            return (1..=self.requests).collect();
+    /// Removes what a break leaves while the lease is being made: a file that had not got its name
+    /// yet, which nobody can take for anything.
+    fn sweep_leases(&self) {
+        let names = self.place.side_files().into_iter();
+        for name in names.filter(|name| name.contains(".lease.") && name.ends_with(".new")) {
+            fs::remove_file(self.place.stored.with_file_name(name)).expect("removed");
         }
-        let step = (self.requests - BEGINNING) / (handful + 1);
-        (1..=handful).map(|n| BEGINNING + n * step).collect()
+    }
+
+    /// Requests to act at: a handful, or with `E2EBAK_BREAKS=all` all of them, with
+    /// `E2EBAK_BREAKS=3/8` every eighth from the third.
+    fn moments(&self, handful: u64) -> Vec<u64> {
+        let Ok(wanted) = std::env::var("E2EBAK_BREAKS") else {
+            let step = (self.requests - BEGINNING) / (handful + 1);
+            return (1..=handful).map(|n| BEGINNING + n * step).collect();
+        };
+        let number = |text: &str| text.parse::<u64>().expect("all, or a part like 3/8");
+        let (part, of) = match wanted.split_once('/') {
+            Some((part, of)) => (number(part), number(of)),
+            None => (1, 1),
+        };
+        let moments = (1..=self.requests).filter(|n| n % of == part % of);
+        moments.collect()
     }
 }
 

@@ -104,16 +104,23 @@ impl Sshd {
             "ListenAddress 127.0.0.1:{port}\nHostKey {dir}/host_key\nPidFile none\n\
              AuthorizedKeysFile {dir}/authorized_keys\nStrictModes no\nUsePAM no\n\
              PasswordAuthentication no\nPermitRootLogin prohibit-password\n\
-             MaxStartups 100\nSubsystem sftp /usr/lib/openssh/sftp-server\n\
-             SetEnv HOME={dir}\n"
+             MaxStartups 100\nSubsystem sftp /usr/lib/openssh/sftp-server\n"
         );
         // bash as a login shell reads ~/.bashrc for an sshd, unless it is not the first shell. What is
-        // in there is not for tests to wait for, or to kill half way.
-        config.push_str("SetEnv SHLVL=1\n");
-        for line in &self.extra {
-            config.push_str(line);
-            config.push('\n');
+        // in there is not for tests to wait for, or to kill half way. The first SetEnv counts alone.
+        let (environment, extra): (Vec<&String>, Vec<_>) = self
+            .extra
+            .iter()
+            .partition(|line| line.starts_with("SetEnv"));
+        config.push_str(&format!("SetEnv HOME={dir} SHLVL=1"));
+        for line in environment {
+            config.push_str(line.trim_start_matches("SetEnv"));
         }
+        for line in extra {
+            config.push('\n');
+            config.push_str(line);
+        }
+        config.push('\n');
         fs::write(self.file("sshd_config"), config).expect("a configuration");
     }
 

@@ -2,9 +2,9 @@
 
 use super::*;
 
-/// Of a process of the program, with eight streams: those of the cache (64), of the exported file
+/// Of a process of the program, with eight streams: those of the cache (256), of the exported file
 /// (64 and 2), and a few for each stream and for the rest.
-const THREADS_MAX: u64 = 192;
+const THREADS_MAX: u64 = 384;
 const FILES_MAX: u64 = 128;
 /// Of one process.
 pub const MEMORY_MAX: u64 = 300 * MIB;

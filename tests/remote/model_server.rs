@@ -87,8 +87,9 @@ type Closed = Arc<OnceLock<Instant>>;
 struct Double {
     text: String,
     seen: Instant,
-    /// Of the session that had it first.
-    closed: Closed,
+    /// Of the two sessions; either may be the one that was given up, since what it carried is read
+    /// when its thread comes to it.
+    closed: [Closed; 2],
 }
 
 /// A client sends again what a session carried that it has given up, and closes that a little later.
@@ -108,6 +109,10 @@ pub struct World {
     pub requests: u64,
     pub writes: u64,
     pub dials: u64,
+    /// From this one on, who dials waits until it is a later one.
+    pub dials_held_from: u64,
+    /// Writes under way at once on one session, at most.
+    pub most_under_way: usize,
     counter: u64,
     refused_until: Instant,
     /// How long nobody can dial after a crash.
@@ -151,6 +156,8 @@ impl Model {
             requests: 0,
             writes: 0,
             dials: 0,
+            dials_held_from: u64::MAX,
+            most_under_way: 0,
             counter: 0,
             refused_until: Instant::now(),
             restart_takes: Duration::ZERO,
@@ -244,8 +251,11 @@ impl Model {
     pub fn violations(&self) -> Vec<String> {
         let world = self.world();
         let used = |double: &&Double| {
-            let closed = double.closed.get();
-            closed.is_none_or(|at| at.saturating_duration_since(double.seen) > GIVING_UP)
+            let goes_on = |closed: &Closed| {
+                let closed = closed.get();
+                closed.is_none_or(|at| at.saturating_duration_since(double.seen) > GIVING_UP)
+            };
+            double.closed.iter().all(goes_on)
         };
         world
             .doubles
@@ -439,6 +449,11 @@ impl World {
 
     /// A write is under way: nowhere else may another one to the same place be.
     fn takes_off(&mut self, session: u64, inode: u64, range: Range<u64>) {
+        // What is read of a session that has ended was on its way then: it is late, and no more.
+        let is_up = |s: &Session| s.closed.get().is_none();
+        if !self.sessions.get(&session).is_some_and(is_up) {
+            return;
+        }
         let overlaps = |(other, file, known): &&(u64, u64, Range<u64>)| {
             *file == inode
                 && *other != session
@@ -449,19 +464,22 @@ impl World {
                     .get(other)
                     .is_some_and(|s| s.closed.get().is_none())
         };
-        if let Some((other, _, known)) = self.under_way.iter().find(overlaps) {
+        let ours = self.sessions.get(&session);
+        if let Some((other, _, known)) = self.under_way.iter().find(overlaps)
+            && let Some(ours) = ours
+        {
             let text = format!(
                 "{range:?} on session {session} while {known:?} is under way on session {other}"
             );
             self.doubles.push(Double {
                 text,
                 seen: Instant::now(),
-                closed: self.sessions[other].closed.clone(),
+                closed: [self.sessions[other].closed.clone(), ours.closed.clone()],
             });
         }
-        if self.sessions.contains_key(&session) {
-            self.under_way.push((session, inode, range));
-        }
+        self.under_way.push((session, inode, range));
+        let of_session = self.under_way.iter().filter(|(s, ..)| *s == session);
+        self.most_under_way = self.most_under_way.max(of_session.count());
     }
 
     fn lands(&mut self, session: u64, request: &Request<'_>) {
@@ -631,6 +649,12 @@ impl Dial for Model {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         let mut world = self.world();
         world.dials += 1;
+        let number = world.dials;
+        while number >= world.dials_held_from {
+            drop(world);
+            thread::sleep(Duration::from_millis(1));
+            world = self.world();
+        }
         let full = world.sessions.len() >= world.sessions_max;
         if full || Instant::now() < world.refused_until {
             return Err(Error::new(Kind::Disconnected, "connection refused"));

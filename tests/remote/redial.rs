@@ -22,7 +22,7 @@ const LATE: Duration = Duration::from_millis(150);
 /// What takes longer hangs.
 const HANG: Duration = Duration::from_secs(10);
 
-fn bounds(sessions: usize) -> Bounds {
+pub fn bounds(sessions: usize) -> Bounds {
     Bounds {
         greeting: Duration::from_secs(2),
         silence: Duration::from_millis(500),
@@ -42,18 +42,18 @@ fn connect(model: &Model, bounds: Bounds) -> SftpStore {
 }
 
 /// A store and its image, opened as the program does: the header is read first.
-fn open(model: &Model, bounds: Bounds) -> (SftpStore, Arc<dyn Device>) {
+pub fn open(model: &Model, bounds: Bounds) -> (SftpStore, Arc<dyn Device>) {
     let store = connect(model, bounds);
     let device = store.open(Access::ReadWrite).expect("opens");
     device.read_exact_at(&mut [0; 4096], 0).expect("a header");
     (store, device)
 }
 
-fn told<T>(result: Result<T>) -> T {
+pub fn told<T>(result: Result<T>) -> T {
     result.unwrap_or_else(|e| panic!("{}", e.report()))
 }
 
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let end = Instant::now() + HANG;
     while !is_so() {
         assert!(Instant::now() < end, "no {what} within {HANG:?}");
@@ -268,9 +268,14 @@ fn an_old_write_that_lands_late_is_written_over() {
         let model = Model::new(SIZE);
         let late = Duration::from_millis(2500);
         model.world().late_max = Duration::from_secs(2);
+        // Each kind of end has a bound of its own.
+        let (late_after_end, late_after_silence) = match act {
+            Act::Hold => (late, LATE),
+            _ => (LATE, late),
+        };
         let bounds = Bounds {
-            late_after_end: late,
-            late_after_silence: late,
+            late_after_end,
+            late_after_silence,
             ..bounds(1)
         };
         let (store, device) = open(&model, bounds);
@@ -307,6 +312,36 @@ fn an_old_write_that_lands_late_is_written_over() {
         );
         assert!(model.synced(IMAGE)[8192..28_192] == newest(), "{act:?}");
     }
+}
+
+/// ssh gives up a silent server by itself, and then it looks as if the connection had ended.
+#[test]
+fn a_connection_that_was_silent_before_it_ended_counts_as_silent() {
+    let model = Model::new(SIZE);
+    let late = Duration::from_secs(2);
+    let bounds = Bounds {
+        silence: Duration::from_secs(20),
+        late_after_silence: late,
+        ..bounds(1)
+    };
+    let (store, device) = open(&model, bounds);
+    model.script(|seen| match seen.what {
+        What::Write => Act::Swallow,
+        _ => Act::Serve,
+    });
+    let broken = thread::scope(|scope| {
+        scope.spawn(|| told(device.write_all_at(&[1; 4096], 8192)));
+        until("a write", || model.world().writes > 0);
+        thread::sleep(Duration::from_millis(3300));
+        model.script(|_| Act::Serve);
+        let broken = Instant::now();
+        model.end_all();
+        broken
+    });
+    told(device.write_all_at(&[2; 4096], 8192));
+    told(store.settle(&|_| {}));
+    assert!(broken.elapsed() + Duration::from_millis(50) >= late);
+    assert!(model.synced(IMAGE)[8192..12_288] == [2; 4096]);
 }
 
 #[test]
@@ -420,6 +455,10 @@ fn impostor(kind: Kind, says: &str, change: impl Fn(&Model)) {
     let (store, device) = open(&model, bounds(3));
     until("three sessions", || model.sessions() == 3);
     store.use_lease(Some(nonce));
+    // It is looked at after every break, not only the first.
+    told(device.write_all_at(&[4; 3000], 9000));
+    model.end_all();
+    told(device.flush());
     told(device.write_all_at(&[5; 3000], 9000));
     model.refuse_dials(Duration::from_secs(3600));
     model.end_all();
@@ -503,6 +542,32 @@ fn a_resize_survives_a_break_at_any_request() {
             assert!(stored.len() == SIZE + 8192 && stored[SIZE..] == [9; 8192]);
         }
     }
+}
+
+#[test]
+fn a_resize_that_broke_cannot_cut_off_what_comes_after() {
+    let model = Model::new(SIZE);
+    let (_store, device) = open(&model, bounds(1));
+    let mut tries = 0;
+    model.script(move |seen| match seen.what {
+        What::Resize => {
+            tries += 1;
+            if tries == 1 {
+                Act::EndBefore
+            } else {
+                Act::Serve
+            }
+        }
+        _ => Act::Serve,
+    });
+    let begun = Instant::now();
+    told(device.resize(SIZE as u64 + 8192));
+    told(device.resize(SIZE as u64 + 16384));
+    assert!(
+        begun.elapsed() >= LATE,
+        "the second waits until the first cannot come any more"
+    );
+    assert_eq!(model.synced(IMAGE).len(), SIZE + 16384);
 }
 
 #[test]

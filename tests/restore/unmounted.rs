@@ -7,11 +7,13 @@ use std::process::Command;
 use std::sync::Arc;
 
 use e2ebak::error::Result;
+use e2ebak::layer::{Cache, cache};
 use e2ebak::progress::Silent;
 use e2ebak::remote::local::LocalStore;
 use e2ebak::remote::{Access, Store};
 use e2ebak::restore::{
-    Content, Filesystem, Options, Outcome, Piece, ROOT, Tree, UnmountedTree, copy,
+    Content, Filesystem, HardLinks, Options, Outcome, Piece, ROOT, Tree, UnmountedTree, copy,
+    copy_linking,
 };
 
 use crate::odd::odd_tree;
@@ -378,4 +380,101 @@ fn what_is_damaged_is_named_and_costs_nothing_else() {
     let mut paths: Vec<_> = loaded.troubles.iter().map(|t| t.path.clone()).collect();
     paths.sort();
     assert_eq!(paths, [b"a/x".to_vec(), b"b".to_vec()]);
+}
+
+#[test]
+fn names_of_one_file_in_several_paths_become_one_file() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (made, image) = (scratch.0.join("made"), scratch.0.join("image"));
+    make(&made, "");
+    let mounted = Mounted::new(&made, scratch.0.join("mount"), "user_xattr");
+    let both = mounted.0.join("both");
+    for dir in ["one/deep", "two"] {
+        fs::create_dir_all(both.join(dir)).expect("mkdir");
+    }
+    let link = |from: &str, to: &str| fs::hard_link(both.join(from), both.join(to)).expect("link");
+    write(both.join("one/deep/file"), b"the file");
+    link("one/deep/file", "two/same");
+    link("one/deep/file", "outside");
+    symlink("one/deep/file", both.join("one/link")).expect("symlink");
+    link("one/link", "two/link");
+    // Two files of one name, and another name of the first.
+    write(both.join("one/x"), b"first");
+    write(both.join("two/x"), b"second");
+    link("one/x", "two/y");
+    shell(&format!("timeout 60 sync -f {}", both.display()));
+    copy_image(&made, &image);
+    let filesystem = open(&image);
+    let restore = |from: &str, dest: &Path, options, links: &mut HardLinks| {
+        let mut source = UnmountedTree::new(Arc::clone(&filesystem), ROOT);
+        let outcome = copy_linking(&mut source, from.as_ref(), dest, options, links, &Silent);
+        assert_whole(&outcome.expect("restores"));
+    };
+    fs::remove_file(both.join("outside")).expect("rm");
+
+    let (shared, apart) = (scratch.dir("shared"), scratch.dir("apart"));
+    let mut links = HardLinks::default();
+    for path in ["both/one", "both/two"] {
+        restore(path, &shared, KEEP, &mut links);
+        restore(path, &apart, KEEP, &mut HardLinks::default());
+    }
+    run(Command::new("touch")
+        .arg("-r")
+        .arg(&both)
+        .args([&shared, &apart]));
+    assert_eq!(differences(&both, &shared), "");
+    assert_ne!(differences(&both, &apart), "", "the judge counts links");
+
+    // What has come into the place of the first is not linked to.
+    let dest = scratch.dir("replaced");
+    let mut links = HardLinks::default();
+    for path in ["both/one/x", "both/two/x"] {
+        restore(path, &dest, REPLACE, &mut links);
+    }
+    let mut source = UnmountedTree::new(Arc::clone(&filesystem), ROOT);
+    let last = copy_linking(
+        &mut source,
+        "both/two/y".as_ref(),
+        &dest,
+        REPLACE,
+        &mut links,
+        &Silent,
+    );
+    assert_eq!(last.expect("restores").shortfall.hard_links, 1);
+    let content = |name: &str| fs::read_to_string(dest.join(name)).expect("read");
+    assert_eq!((&*content("x"), &*content("y")), ("second", "first"));
+}
+
+#[test]
+fn one_file_of_a_large_directory_costs_no_other_inode() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    const FILES: usize = 12_000;
+    let scratch = Scratch::new();
+    let (made, image) = (scratch.0.join("made"), scratch.0.join("image"));
+    shell(&format!(
+        "truncate -s 160M {0}; mkfs.ext4 -q -F -N 16384 {0} 2>/dev/null",
+        made.display()
+    ));
+    let mounted = Mounted::new(&made, scratch.0.join("mount"), "user_xattr");
+    for i in 0..FILES {
+        write(mounted.0.join(format!("a file of many {i}")), b"");
+    }
+    write(mounted.0.join("a file of many 7"), b"found");
+    mounted.settle(&made, &image);
+    let device = LocalStore::new(&image)
+        .open(Access::ReadOnly)
+        .expect("opens");
+    let cache = Arc::new(Cache::new(device, cache::Settings::default()).expect("a cache"));
+    let filesystem = Arc::new(Filesystem::open(cache.clone()).expect("an ext4"));
+    let dest = scratch.0.join("dest");
+    assert_whole(&restore_from(&filesystem, "a file of many 7", &dest, KEEP).expect("restores"));
+    assert_eq!(fs::read(&dest).expect("read"), b"found");
+    let fetched = cache.stats().fetched_bytes;
+    let inodes = FILES as u64 * 256;
+    assert!(fetched < inodes / 2, "{fetched} bytes of {inodes}");
 }

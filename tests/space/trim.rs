@@ -144,7 +144,7 @@ fn a_command_instead_of_ssh_by_a_sparse_copy() {
     if root_or_skip() {
         let sandbox = Sandbox::new();
         let place = Place::piped(&sandbox);
-        loosened(&place, "1G", 160);
+        loosened(&place, "100G", 160);
         trims(&place, "copy-data");
     }
 }

@@ -1,6 +1,10 @@
 //! Where the space goes.
 
-use super::common::{Place, Sandbox, Sshd, large_file, plain_tree, root_or_skip, stored_bytes};
+use std::fs;
+
+use super::common::{
+    Place, Sandbox, Sshd, large_file, plain_tree, root_or_skip, run, stored_bytes, tool,
+};
 use super::forge;
 
 const MIB: u64 = 1 << 20;
@@ -72,5 +76,37 @@ fn what_the_server_does_not_tell_is_unknown() {
     assert!(usage["stored_bytes"].is_null() && usage["reclaimable_bytes"].is_null());
     let told = place.program("usage").ok().stdout;
     assert!(told.contains("stored       unknown"), "{told}");
+    assert!(told.contains("quota        unknown"), "{told}");
+    assert!(usage["server_quota"].is_null(), "{usage}");
+    place.assert_closed();
+}
+
+#[test]
+fn a_quota_on_the_server_is_told() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    // What quota(1) prints is its manual's; filesystems with quotas are not for every machine.
+    let bin = sandbox.dir("bin");
+    let script = "#!/bin/sh\necho 'Disk quotas for user root (uid 0):'\n\
+        echo 'Filesystem blocks quota limit grace files quota limit grace'\n\
+        echo \"$(df -P . | tail -n 1 | cut -d ' ' -f 1) 2048 0 1048576 1 0 0\"\n";
+    let quota = bin.join("quota");
+    fs::write(&quota, script).expect("written");
+    run(tool("chmod").arg("755").arg(&quota));
+    let path = format!(
+        "SetEnv PATH={}:/usr/sbin:/usr/bin:/sbin:/bin",
+        bin.display()
+    );
+    let sshd = Sshd::with(&sandbox, &[&path]);
+    let place = Place::over(&sandbox, &sshd);
+    place.init("200M").ok();
+    let usage = place.program("usage").arg("--json").ok().json();
+    let quota = &usage["server_quota"];
+    assert_eq!(quota["limit_bytes"].as_u64(), Some(1 << 30), "{usage}");
+    assert_eq!(quota["used_bytes"].as_u64(), Some(2 << 20), "{usage}");
+    let told = place.program("usage").ok().stdout;
+    assert!(told.contains("used of 1.0 GiB"), "{told}");
     place.assert_closed();
 }

@@ -60,10 +60,10 @@ pub const SENDING_MAX: u64 = 16 * MIB;
 
 /// Threads. A device call blocks, so this is also how many requests overlap: small scattered
 /// writes need far more of them than full runs do, and those stop at [`SENDING_MAX`].
-pub const WORKERS: usize = 64;
+pub const WORKERS: usize = 256;
 
 /// Workers that write at the same time; the others are left for fetches, which somebody awaits.
-pub const SENDERS_MAX: usize = 48; // 960 scattered blocks a second at 50 ms
+pub const SENDERS_MAX: usize = 224; // 4480 scattered blocks a second at 50 ms
 
 /// How long a block stays dirty before it is written without any other reason.
 pub const AGE_MAX: Duration = Duration::from_secs(1);

@@ -6,6 +6,7 @@
 //! The policy remembers the last few places where something was fetched, each a trail:
 //! - a miss far from all of them fetches the smallest aligned window around it;
 //! - a miss near one, or at its end, doubles that trail's window up to the largest;
+//! - when miss after miss is far from all of them, neighbours are of no use and are left alone;
 //! - reads that follow each other along a trail make it a stream, which is fetched ahead of its
 //!   reader, half as far as the reader has come in sequence but no further than `lead_max`.
 
@@ -77,6 +78,13 @@ const REORDER: u64 = 4;
 /// Reads in sequence that make a stream. One says nothing.
 const STREAM_READS: u32 = 2;
 
+/// Isolated misses after which reads count as scattered, and the most that are remembered.
+const SCATTERED: u32 = 16;
+const SCATTERED_MAX: u32 = 24;
+
+/// A read near a recent fetch outweighs so many isolated misses.
+const NEAR_WEIGHT: u32 = 4;
+
 #[derive(Clone, Debug)]
 struct Trail {
     /// What was fetched last, with what came right before it.
@@ -93,6 +101,10 @@ pub struct Readahead {
     parameters: Parameters,
     /// Most recently used last.
     trails: Vec<Trail>,
+    /// Isolated misses, less what was read near a recent fetch.
+    isolated: u32,
+    /// The read that is told of next has missed.
+    missed: bool,
 }
 
 impl Readahead {
@@ -100,6 +112,8 @@ impl Readahead {
         Readahead {
             parameters,
             trails: Vec::new(),
+            isolated: 0,
+            missed: false,
         }
     }
 
@@ -115,12 +129,20 @@ impl Readahead {
 
     /// The window to fetch around these blocks that are missing; it contains them.
     pub fn miss(&mut self, missing: Range<u64>) -> Range<u64> {
+        self.missed = true;
+        let p = self.parameters;
         let near = self.nearest(missing.start);
-        let grown = near.map_or(self.parameters.window_min, |i| {
-            (self.trails[i].window * 2).min(self.parameters.window_max)
-        });
+        self.isolated = match near {
+            Some(_) => self.isolated.saturating_sub(NEAR_WEIGHT),
+            None => (self.isolated + 1).min(SCATTERED_MAX),
+        };
+        let grown = match near {
+            Some(i) => (self.trails[i].window * 2).clamp(p.window_min, p.window_max),
+            None if self.isolated >= SCATTERED => 1,
+            None => p.window_min,
+        };
         let length = (missing.end - missing.start).next_power_of_two();
-        let window = grown.max(length.min(self.parameters.window_max));
+        let window = grown.max(length.min(p.window_max));
         let start = missing.start - missing.start % window;
         let range = start..start.saturating_add(window).max(missing.end);
 
@@ -152,7 +174,11 @@ impl Readahead {
     /// more than `room` blocks.
     pub fn read(&mut self, blocks: Range<u64>, room: u64) -> Option<Range<u64>> {
         let contains = |t: &Trail| (t.fetched.start..=t.fetched.end).contains(&blocks.start);
+        let missed = std::mem::take(&mut self.missed);
         let mut trail = self.trails.remove(self.trails.iter().rposition(contains)?);
+        if !missed {
+            self.isolated = self.isolated.saturating_sub(NEAR_WEIGHT);
+        }
         let ahead = trail.advance(&blocks, room, &self.parameters);
         self.keep(trail);
         ahead
@@ -385,6 +411,26 @@ mod tests {
             policy.miss(block..block + 1);
             assert_eq!(policy.read(block..block + 1, ROOM), None);
         }
+    }
+
+    #[test]
+    fn neighbours_are_left_alone_while_reads_are_scattered_and_no_longer() {
+        let mut policy = Readahead::new(Parameters::default());
+        let mut length = |block: u64| {
+            let window = policy.miss(block..block + 1);
+            policy.read(block..block + 1, ROOM);
+            window.end - window.start
+        };
+        let scattered: Vec<u64> = (1..100).map(|i| length(i * 1_000_000)).collect();
+        assert_eq!(scattered[0], 16);
+        assert_eq!(scattered[98], 1);
+        // One that is near by chance changes nothing.
+        assert_eq!(length(99 * 1_000_000 + 100), 16);
+        assert_eq!(length(200_000_000), 1);
+        for near in 1..4 {
+            length(200_000_000 + near * 300);
+        }
+        assert_eq!(length(300_000_000), 16);
     }
 
     #[test]

@@ -20,6 +20,9 @@ pub struct Shared {
     pub work: Condvar,
     /// Everybody else waits here, for any I/O to end.
     changed: Condvar,
+    /// Held by the one writer that waits for room: the others would wake for nothing whenever an
+    /// I/O ends. Taken before `state`.
+    turn: Mutex<()>,
     /// Held shared by every request, and alone by what must not meet one.
     pub gate: RwLock<()>,
     size: AtomicU64,
@@ -117,6 +120,7 @@ impl Shared {
             }),
             work: Condvar::new(),
             changed: Condvar::new(),
+            turn: Mutex::new(()),
             gate: RwLock::new(()),
             size,
             closed: AtomicBool::new(false),
@@ -318,6 +322,7 @@ impl Shared {
     // ---- writing -------------------------------------------------------------------------------
 
     pub fn write(&self, data: &[u8], offset: u64) -> Result<()> {
+        let mut turn = None;
         let mut guard = lock(&self.state);
         let mut now = self.now();
         for block in blocks_of(offset, data.len()) {
@@ -340,7 +345,13 @@ impl Shared {
                     Write::Fetch => guard = self.fetch_missing(guard, &mut want, block)?,
                     Write::Wait => {
                         self.nudge(state);
-                        guard = self.wait(guard);
+                        if turn.is_some() {
+                            guard = self.wait(guard);
+                        } else {
+                            drop(guard);
+                            turn = Some(lock(&self.turn));
+                            guard = lock(&self.state);
+                        }
                         now = self.now();
                     }
                 }

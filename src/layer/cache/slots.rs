@@ -1,8 +1,10 @@
 //! Frames and what is in them: the bookkeeping under the [table](super::table), which says what the
 //! states mean. Here the counts and orders are kept in step, and the frame to give up is chosen.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::time::Duration;
+
+use rustc_hash::FxHashMap;
 
 /// A place for one block's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,7 +62,7 @@ pub struct Slots {
     frames_max: usize,
     /// By frame. Grows to `frames_max`, so that memory is taken as it is used.
     slots: Vec<Slot>,
-    frames: HashMap<u64, Frame>,
+    frames: FxHashMap<u64, Frame>,
     free: Vec<Frame>,
     /// The clock's hand.
     hand: usize,
@@ -83,7 +85,7 @@ impl Slots {
         Slots {
             frames_max,
             slots: Vec::new(),
-            frames: HashMap::new(),
+            frames: FxHashMap::default(),
             free: Vec::new(),
             hand: 0,
             ready: BTreeSet::new(),

@@ -21,8 +21,10 @@ pub struct UnmountedTree {
 
 struct Level {
     directory: u32,
-    /// Its names, once somebody has asked.
+    /// Its names, once somebody has listed them.
     names: Option<HashMap<Vec<u8>, u32>>,
+    /// Else the one that was asked for last.
+    asked: Option<(Vec<u8>, u32)>,
 }
 
 impl Level {
@@ -30,6 +32,7 @@ impl Level {
         Level {
             directory,
             names: None,
+            asked: None,
         }
     }
 }
@@ -63,20 +66,28 @@ impl UnmountedTree {
         &mut self.way[last]
     }
 
-    fn names(&mut self) -> Result<&HashMap<Vec<u8>, u32>> {
-        if self.here().names.is_none() {
-            self.list()?;
+    fn number(&mut self, name: &[u8]) -> Result<u32> {
+        let here = self.here();
+        if let Some(names) = &here.names {
+            let number = names.get(name).copied();
+            return number
+                .ok_or_else(|| Error::new(Kind::NotFound, format!("there is no {}", show(name))));
         }
-        Ok(self.here().names.get_or_insert_default())
+        if let Some((_, number)) = here.asked.as_ref().filter(|(asked, _)| asked == name) {
+            return Ok(*number);
+        }
+        // Who asks for one name may want no other: to list means to fetch what all of them are.
+        let directory = here.directory;
+        let directory = self.filesystem.inode(directory)?;
+        let number = self.filesystem.lookup(&directory, name)?;
+        self.here().asked = Some((name.to_vec(), number));
+        Ok(number)
     }
 
     fn inode(&mut self, name: &[u8]) -> Result<Inode> {
         let number = match name {
             HERE => self.here().directory,
-            name => *self
-                .names()?
-                .get(name)
-                .ok_or_else(|| Error::new(Kind::NotFound, format!("there is no {}", show(name))))?,
+            name => self.number(name)?,
         };
         if let Some(inode) = self.last.as_ref().filter(|inode| inode.number == number) {
             return Ok(inode.clone());

@@ -19,6 +19,8 @@ const AT_ONCE: usize = 16;
 const INODES: usize = 4096;
 /// Of a directory or file, as much is fetched; a larger one is read in order anyway.
 const EACH_MAX: u64 = 1 << 20;
+/// Of a large directory, as much is fetched at once.
+pub(super) const NAMES: u64 = 4 << 20;
 
 impl Filesystem {
     /// Fetches these ranges of the volume, in bytes.
@@ -74,26 +76,37 @@ impl Filesystem {
 
     /// Fetches the beginning of what these hold: names or data.
     pub fn fetch_content<'i>(&self, inodes: impl Iterator<Item = &'i Inode>) {
+        let ranges = inodes.flat_map(|inode| self.places(inode, 0, EACH_MAX));
+        self.fetch(ranges.collect());
+    }
+
+    /// Fetches part of what a file or directory holds, from a block of it on.
+    pub(super) fn fetch_part(&self, inode: &Inode, block: u64, bytes: u64) {
+        self.fetch(self.places(inode, block, bytes));
+    }
+
+    /// Where these bytes of a file or directory are on the volume.
+    fn places(&self, inode: &Inode, from: u64, bytes: u64) -> Vec<Range<u64>> {
         let size = self.superblock.block_size;
         let mut ranges = Vec::new();
-        for inode in inodes {
-            if matches!(inode.format, Format::Inline | Format::ShortLink) {
-                continue;
-            }
-            let blocks = inode.size.min(EACH_MAX).div_ceil(size);
-            let mut block = 0;
-            while block < blocks {
-                let Ok(run) = Map::new(self, inode).at(block) else {
-                    break;
-                };
-                let length = run.length.min(blocks - block);
-                if let Some(start) = run.start {
-                    ranges.push(start * size..(start + length) * size);
-                }
-                block += length;
-            }
+        if matches!(inode.format, Format::Inline | Format::ShortLink) {
+            return ranges;
         }
-        self.fetch(ranges);
+        let end = inode
+            .size
+            .min(from.saturating_mul(size).saturating_add(bytes));
+        let (mut block, end) = (from, end.div_ceil(size));
+        while block < end {
+            let Ok(run) = Map::new(self, inode).at(block) else {
+                break;
+            };
+            let length = run.length.min(end - block);
+            if let Some(start) = run.start {
+                ranges.push(start * size..(start + length) * size);
+            }
+            block += length;
+        }
+        ranges
     }
 }
 

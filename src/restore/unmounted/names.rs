@@ -2,6 +2,7 @@
 
 use super::Filesystem;
 use super::content::Map;
+use super::fetch::NAMES;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4::{self, DirEntry, Fault, Format, Inode};
 use crate::restore::descent::show;
@@ -76,7 +77,12 @@ impl Filesystem {
         let blocks = directory.size / size;
         let map = Map::new(self, directory);
         let mut number = 0;
+        let mut fetched = 0;
         while number < blocks {
+            if number >= fetched {
+                self.fetch_part(directory, number, NAMES);
+                fetched = number + NAMES / size;
+            }
             let run = map.at(number)?;
             let length = run.length.min(blocks - number);
             let Some(start) = run.start else {

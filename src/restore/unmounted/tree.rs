@@ -1,5 +1,5 @@
 //! A whole tree of names in memory, read level by level so that over a link a level costs a few
-//! round trips and not one for each directory. About 80 bytes and its name for each file.
+//! round trips and not one for each directory. 64 bytes and its name for each file.
 
 use std::collections::HashSet;
 
@@ -13,7 +13,7 @@ const BATCH: usize = 512;
 /// Deeper trees are not walked. No path reaches so far (`PATH_MAX` is 4096 bytes).
 const DEPTH_MAX: u32 = 4096;
 
-/// Names kept: two GiB of memory. An image that holds more of them was made to.
+/// Names kept: two GiB of memory with the names themselves. An image that holds more of them was made to.
 const NAMES_MAX: usize = 20_000_000;
 
 /// What could not be read, by its path from the root of the tree.
@@ -41,27 +41,30 @@ impl Node {
     }
 }
 
+/// A name and its [`Metadata`], side by side so that nothing is lost between them.
+#[derive(Default)]
 struct Stored {
-    name: (u64, u8),
-    parent: u32,
-    children: (u32, u32),
-    inode: u32,
-    facts: Facts,
-}
-
-/// [`Metadata`] in 40 bytes.
-#[derive(Clone, Copy)]
-struct Facts {
+    name_at: u64,
     size: u64,
     seconds: i64,
     nanoseconds: u32,
     uid: u32,
     gid: u32,
-    device: (u16, u32),
+    device_minor: u32,
+    parent: u32,
+    first_child: u32,
+    children_end: u32,
+    inode: u32,
+    device_major: u16,
     mode: u16,
+    /// None: the inode could not be read.
     links: u16,
+    name_length: u8,
     kind: Option<FileKind>,
 }
+
+/// There are millions of them.
+const _: () = assert!(size_of::<Stored>() == 64);
 
 impl Tree {
     /// Reads everything below `root`, or with `depth` only so many levels of directories. A
@@ -74,7 +77,7 @@ impl Tree {
             troubles: Vec::new(),
         };
         tree.push(0, b"", root, None);
-        tree.nodes[0].facts = facts(&top)?;
+        tree.nodes[0].fill(&top)?;
         let mut seen = HashSet::from([root]);
         let mut level = vec![0];
         let deepest = depth.unwrap_or(DEPTH_MAX);
@@ -130,7 +133,9 @@ impl Tree {
                         let number = u32::try_from(entry.inode).unwrap_or(0);
                         self.push(node, &entry.name, number, entry.kind);
                     }
-                    self.nodes[node as usize].children = (start, self.nodes.len() as u32);
+                    let end = self.nodes.len() as u32;
+                    let stored = &mut self.nodes[node as usize];
+                    (stored.first_child, stored.children_end) = (start, end);
                 }
                 Err(error) => self.trouble(node, error),
             }
@@ -139,11 +144,10 @@ impl Tree {
         filesystem.fetch_inodes(&new);
         for node in first..self.nodes.len() {
             let number = self.nodes[node].inode;
-            let read = filesystem.inode(number).and_then(|inode| facts(&inode));
-            match read {
-                Ok(facts) => {
-                    self.nodes[node].facts = facts;
-                    if facts.kind != Some(FileKind::Directory) {
+            let inode = filesystem.inode(number);
+            match inode.and_then(|inode| self.nodes[node].fill(&inode)) {
+                Ok(()) => {
+                    if !self.is_directory(Node(node as u32)) {
                         continue;
                     }
                     if seen.insert(number) {
@@ -162,21 +166,12 @@ impl Tree {
         let at = self.names.len() as u64;
         self.names.extend_from_slice(name);
         self.nodes.push(Stored {
-            name: (at, name.len() as u8), // 255 at most, in the format
+            name_at: at,
+            name_length: name.len() as u8, // 255 at most, in the format
             parent,
-            children: (0, 0),
             inode,
-            facts: Facts {
-                size: 0,
-                seconds: 0,
-                nanoseconds: 0,
-                uid: 0,
-                gid: 0,
-                device: (0, 0),
-                mode: 0,
-                links: 0,
-                kind,
-            },
+            kind,
+            ..Stored::default()
         });
     }
 
@@ -199,8 +194,11 @@ impl Tree {
     }
 
     pub fn name(&self, node: Node) -> &[u8] {
-        let (at, length) = self.nodes[node.0 as usize].name;
-        &self.names[at as usize..][..length.into()]
+        self.name_of(&self.nodes[node.0 as usize])
+    }
+
+    fn name_of(&self, stored: &Stored) -> &[u8] {
+        &self.names[stored.name_at as usize..][..stored.name_length.into()]
     }
 
     pub fn parent(&self, node: Node) -> Option<Node> {
@@ -209,16 +207,15 @@ impl Tree {
 
     /// In the order of their names.
     pub fn children(&self, node: Node) -> impl DoubleEndedIterator<Item = Node> + use<> {
-        let (start, end) = self.nodes[node.0 as usize].children;
-        (start..end).map(Node)
+        let stored = &self.nodes[node.0 as usize];
+        (stored.first_child..stored.children_end).map(Node)
     }
 
     pub fn child(&self, node: Node, name: &[u8]) -> Option<Node> {
-        let (start, end) = self.nodes[node.0 as usize].children;
+        let stored = &self.nodes[node.0 as usize];
+        let (start, end) = (stored.first_child, stored.children_end);
         let all = &self.nodes[start as usize..end as usize];
-        let name_of =
-            |stored: &Stored| &self.names[stored.name.0 as usize..][..stored.name.1.into()];
-        let found = all.binary_search_by(|child| name_of(child).cmp(name));
+        let found = all.binary_search_by(|child| self.name_of(child).cmp(name));
         found.ok().map(|i| Node(start + i as u32))
     }
 
@@ -241,26 +238,25 @@ impl Tree {
     /// What its inode says; nothing where it could not be read. Access times are left out.
     pub fn metadata(&self, node: Node) -> Option<Metadata> {
         let stored = &self.nodes[node.0 as usize];
-        let facts = &stored.facts;
-        (facts.links > 0).then_some(Metadata {
-            kind: facts.kind?,
-            mode: u32::from(facts.mode) & 0o7777,
-            uid: facts.uid,
-            gid: facts.gid,
-            size: facts.size,
+        (stored.links > 0).then_some(Metadata {
+            kind: stored.kind?,
+            mode: u32::from(stored.mode) & 0o7777,
+            uid: stored.uid,
+            gid: stored.gid,
+            size: stored.size,
             modified: Time {
-                seconds: facts.seconds,
-                nanoseconds: facts.nanoseconds,
+                seconds: stored.seconds,
+                nanoseconds: stored.nanoseconds,
             },
             accessed: None,
-            device: (facts.device.0.into(), facts.device.1),
-            links: facts.links.into(),
+            device: (stored.device_major.into(), stored.device_minor),
+            links: stored.links.into(),
             inode: stored.inode.into(),
         })
     }
 
     pub fn is_directory(&self, node: Node) -> bool {
-        self.nodes[node.0 as usize].facts.kind == Some(FileKind::Directory)
+        self.nodes[node.0 as usize].kind == Some(FileKind::Directory)
     }
 
     /// All names, each directory before what is in it.
@@ -274,17 +270,23 @@ impl Tree {
     }
 }
 
-fn facts(inode: &Inode) -> Result<Facts> {
-    let all = metadata(inode)?;
-    Ok(Facts {
-        size: all.size,
-        seconds: all.modified.seconds,
-        nanoseconds: all.modified.nanoseconds,
-        uid: all.uid,
-        gid: all.gid,
-        device: (all.device.0 as u16, all.device.1), // majors have 12 bits
-        mode: all.mode as u16,
-        links: all.links as u16, // as many as the format has
-        kind: Some(all.kind),
-    })
+impl Stored {
+    /// Notes what an inode says of its file.
+    fn fill(&mut self, inode: &Inode) -> Result<()> {
+        let all = metadata(inode)?;
+        *self = Stored {
+            size: all.size,
+            seconds: all.modified.seconds,
+            nanoseconds: all.modified.nanoseconds,
+            uid: all.uid,
+            gid: all.gid,
+            device_major: all.device.0 as u16, // majors have 12 bits
+            device_minor: all.device.1,
+            mode: all.mode as u16,
+            links: all.links as u16, // as many as the format has
+            kind: Some(all.kind),
+            ..*self
+        };
+        Ok(())
+    }
 }

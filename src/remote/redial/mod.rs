@@ -8,13 +8,13 @@
 //! flushes meanwhile, so that little is kept and the server syncs as it goes; and it writes held
 //! places once more when their suspicion ends.
 
+mod flush;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-use tracing::{debug, warn};
 
 use super::Access;
 use super::files::OpenHandle;
@@ -35,16 +35,10 @@ const FLUSH_ABOVE: u64 = 32 * MIB;
 /// Writers wait while so much is kept.
 const KEPT_MAX: u64 = 64 * MIB;
 
-/// What was written is flushed after this time in any case.
-const FLUSH_AFTER: Duration = Duration::from_secs(5);
-
 /// The longest write that is kept as one.
 const PIECE: usize = 4 * MIB as usize;
 
-/// What is sent again is synced in steps, so that a link which breaks again and again gets on.
-const SYNC_EVERY: u64 = 2 * MIB;
-
-/// How often the flushing thread looks at its watch.
+/// How often those who wait look up.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How often the one that waits for late writes looks.
@@ -365,126 +359,6 @@ impl Shared {
         drop(kept);
         self.freed.notify_all();
         outcome
-    }
-
-    /// Sends what is kept of a range once more, unless a flush on the session `number` covers it
-    /// when its turn has come: newer data may have been sent meanwhile.
-    fn send_again(&self, range: &Range<u64>, number: u64) -> Result<()> {
-        let mut kept = lock(&self.kept);
-        while kept.log.is_uncovered(range, number) && kept.log.is_busy(range) {
-            if let Some(why) = self.lanes.over() {
-                return Err(why);
-            }
-            let waited = self.freed.wait_timeout(kept, LOOK_EVERY);
-            kept = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        if !kept.log.is_uncovered(range, number) {
-            return Ok(());
-        }
-        let pieces = kept.log.begin_again(range);
-        drop(kept);
-        let mut outcome = Ok(());
-        for (offset, data) in pieces {
-            let range = offset..offset + data.range.len() as u64;
-            // Every one of them is on its way: on failure, too, each has to be taken off it.
-            outcome = outcome.and(self.send(&range, &data, Unsynced::refused_again));
-        }
-        outcome
-    }
-
-    fn flush(&self) -> Result<()> {
-        let _one = lock(&self.flushing);
-        let mut failing_since = None;
-        'session: loop {
-            let Some(oldest) = lock(&self.kept).log.oldest() else {
-                return self.lanes.over().map_or(Ok(()), Err);
-            };
-            let syncing = self.lanes.for_sync(oldest)?;
-            let session = syncing.session();
-            let uncovered = lock(&self.kept).log.uncovered(session.number);
-            if !uncovered.is_empty() {
-                debug!(ranges = uncovered.len(), "sending again what may be lost");
-            }
-            let mut resent = 0;
-            let last = uncovered.len().saturating_sub(1);
-            for (n, range) in uncovered.iter().enumerate() {
-                self.send_again(range, session.number)?;
-                resent += range.end - range.start;
-                if resent < SYNC_EVERY || n == last {
-                    continue;
-                }
-                resent = 0;
-                if let Err(error) = self.sync_on(session) {
-                    self.sync_failed(session, &mut failing_since, error)?;
-                    continue 'session;
-                }
-            }
-            match self.sync_on(session) {
-                Ok(()) => return Ok(()),
-                Err(error) => self.sync_failed(session, &mut failing_since, error)?,
-            }
-        }
-    }
-
-    /// Syncs on a session, and lets go of what that covers.
-    fn sync_on(&self, session: &Arc<Session>) -> Result<()> {
-        let begun = self.lanes.tick();
-        self.handle(session).and_then(|handle| handle.sync())?;
-        let mut kept = lock(&self.kept);
-        kept.log.synced(session.number, begun);
-        kept.since = kept.log.owes().then(Instant::now);
-        drop(kept);
-        self.freed.notify_all();
-        Ok(())
-    }
-
-    /// Ok when another session is to be tried.
-    fn sync_failed(
-        &self,
-        session: &Arc<Session>,
-        since: &mut Option<Instant>,
-        error: Error,
-    ) -> Result<()> {
-        if session.is_dead() {
-            let since = *since.get_or_insert_with(Instant::now);
-            return self.lanes.lost(session, since, &error);
-        }
-        lock(&self.kept).log.doubt();
-        Err(error)
-    }
-
-    /// The flushing thread's life.
-    fn flush_by_and_by(&self) {
-        let mut kept = lock(&self.kept);
-        let mut not_before = Instant::now();
-        while !kept.closed {
-            if kept.log.end_suspicions(Instant::now()) {
-                debug!("no late writes any more: writing once more what was held");
-                kept.since.get_or_insert_with(Instant::now);
-                not_before = Instant::now();
-            }
-            let old = kept
-                .since
-                .is_some_and(|since| since.elapsed() >= FLUSH_AFTER);
-            let much = kept.log.bytes() >= FLUSH_ABOVE && kept.log.oldest().is_some();
-            let may = Instant::now() >= not_before && self.lanes.over().is_none();
-            if (old || much) && may {
-                drop(kept);
-                if let Err(error) = self.flush() {
-                    // Whoever flushes next hears of it, or of what comes of it.
-                    let why = error.chain().join(": ");
-                    match self.lanes.over() {
-                        None => warn!("cannot sync {}: {why}", self.name),
-                        Some(_) => debug!("cannot sync {}: {why}", self.name),
-                    }
-                    not_before = Instant::now() + FLUSH_AFTER;
-                }
-                kept = lock(&self.kept);
-                continue;
-            }
-            let waited = self.work.wait_timeout(kept, LOOK_EVERY);
-            kept = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
     }
 
     fn settle(&self, tell: &dyn Fn(Duration)) -> Result<()> {

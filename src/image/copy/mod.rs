@@ -10,18 +10,21 @@
 //! more than is true: before a chunk is overwritten its note is withdrawn, and the new one is made
 //! when the chunk is on stable storage and was read back.
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+mod notes;
 
-use sha2::{Digest, Sha256};
+use std::ops::Range;
 
 use crate::device::{Device, Discard};
-use crate::error::{Attempt, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::progress::{Event, Monitor, Progress};
 use crate::remote::{Access, Store};
-use crate::units::{Bytes, KIB, MIB};
+use crate::units::{Bytes, MIB};
+
+use super::parallel::in_parallel;
+use notes::{
+    Changed, HOLE, NOTE, NOTES, Note, Notes, PAGE, UNKNOWN, is_as_noted, note_of, open_sums,
+    sums_size,
+};
 
 /// Added to the name of the copy while it is made, and to that of the notes.
 pub const PART: &str = ".part";
@@ -32,22 +35,6 @@ const CHUNK: u64 = MIB;
 
 /// Chunks that are under way together; what of them has changed is held in memory: 64 MiB.
 const BATCH: usize = 64;
-
-/// Reads and writes at the same time.
-const WORKERS: usize = 8;
-
-const MAGIC: &[u8; 16] = b"e2ebak sums 1\n\0\0";
-/// Where the notes begin, and how long each is: the first half of a SHA-256.
-const NOTES: u64 = 4 * KIB;
-const NOTE: u64 = 16;
-/// Notes that are read at once: 64 GiB of image.
-const PAGE: u64 = 65_536;
-
-type Note = [u8; NOTE as usize];
-/// Zeros, whether written or not.
-const HOLE: Note = [0; NOTE as usize];
-/// Nothing is known.
-const UNKNOWN: Note = [0xFF; NOTE as usize];
 
 /// What is copied, and how.
 pub struct CopyJob<'a> {
@@ -153,105 +140,6 @@ fn remove_if_there(store: &dyn Store) -> Result<()> {
     match store.remove() {
         Err(error) if error.kind() == Kind::NoImage => Ok(()),
         other => other,
-    }
-}
-
-fn sums_size(size: u64) -> u64 {
-    NOTES + size.div_ceil(CHUNK) * NOTE
-}
-
-/// Whether there are notes that can be believed; if not, they are begun.
-fn open_sums(sums: &dyn Store, size: u64) -> Result<bool> {
-    match sums.open(Access::ReadOnly) {
-        Ok(device) if device.size() >= NOTES => {
-            let mut magic = [0; MAGIC.len()];
-            device.read_exact_at(&mut magic, 0)?;
-            if magic == *MAGIC {
-                return Ok(true);
-            }
-        }
-        Ok(_) => {}
-        Err(error) if error.kind() == Kind::NoImage => {}
-        Err(error) => return Err(error),
-    }
-    remove_if_there(sums)?;
-    let device = sums.create(sums_size(size))?;
-    device.write_all_at(MAGIC, 0)?;
-    device.flush()?;
-    Ok(false)
-}
-
-/// Whether a copy is still what is noted of it: the header and the begin of the volume, where a
-/// filesystem notes each time it was mounted, and some other places.
-fn is_as_noted(job: &CopyJob<'_>, sums: &dyn Store) -> Result<bool> {
-    let (to, sums) = (job.to.open(Access::ReadOnly)?, sums.open(Access::ReadOnly)?);
-    let chunks = (to.size() / CHUNK).min((sums.size() - NOTES) / NOTE);
-    let mut chance = [0; 64];
-    getrandom::fill(&mut chance)
-        .map_err(|e| Error::new(Kind::Io, e.to_string()))
-        .attempt(|| "get random bytes")?;
-    let some = chance
-        .chunks_exact(8)
-        .map(|bytes| bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)));
-    let places = (0..32).chain(some.map(|number| number % chunks.max(1)));
-    let mut buf = vec![0; CHUNK as usize];
-    for number in places.filter(|number| *number < chunks) {
-        (job.check)()?;
-        let mut note = HOLE;
-        sums.read_exact_at(&mut note, NOTES + number * NOTE)?;
-        to.read_exact_at(&mut buf, number * CHUNK)?;
-        if note != UNKNOWN && note != note_of(&buf) {
-            let why = "the copy was changed by somebody else; all of it is read once";
-            job.monitor.report(Event::Note(why.into()));
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-fn note_of(bytes: &[u8]) -> Note {
-    if bytes.iter().all(|byte| *byte == 0) {
-        return HOLE;
-    }
-    let hash = Sha256::digest(bytes);
-    let mut note = HOLE;
-    note.copy_from_slice(&hash[..NOTE as usize]);
-    note
-}
-
-/// A chunk that has changed.
-struct Changed {
-    number: u64,
-    before: Note,
-    now: Note,
-    bytes: Vec<u8>,
-}
-
-/// The notes of a page, as they are in the file.
-struct Notes {
-    first: u64,
-    notes: Vec<Note>,
-}
-
-impl Notes {
-    /// Sets the notes of these chunks, of one batch, by a single write.
-    fn set(
-        &mut self,
-        changed: &[Changed],
-        note: impl Fn(&Changed) -> Note,
-        sums: &dyn Device,
-    ) -> Result<()> {
-        let place = |chunk: &Changed| (chunk.number - self.first) as usize;
-        let (Some(first), Some(last)) = (changed.first(), changed.last()) else {
-            return Ok(());
-        };
-        let (first, last) = (place(first), place(last));
-        for chunk in changed {
-            let at = (chunk.number - self.first) as usize;
-            self.notes[at] = note(chunk);
-        }
-        let at = NOTES + (self.first + first as u64) * NOTE;
-        sums.write_all_at(self.notes[first..=last].as_flattened(), at)
     }
 }
 
@@ -416,51 +304,6 @@ fn chunks_in(ranges: &[Range<u64>], all: Range<u64>) -> u64 {
         next = next.max(end);
     }
     count
-}
-
-/// Does something with all items, several at a time; gives the results in their order, or the first
-/// error.
-fn in_parallel<T: Sync, R: Send>(
-    items: &[T],
-    work: impl Fn(&T) -> Result<R> + Sync,
-) -> Result<Vec<R>> {
-    let queue = Mutex::new(items.iter().enumerate());
-    let results = Mutex::new(Vec::with_capacity(items.len()));
-    let (stop, failure) = (AtomicBool::new(false), Mutex::new(None));
-    let worker = || {
-        while !stop.load(Ordering::Relaxed) {
-            let Some((place, item)) = lock(&queue).next() else {
-                return;
-            };
-            match work(item) {
-                Ok(result) => lock(&results).push((place, result)),
-                Err(error) => {
-                    stop.store(true, Ordering::Relaxed);
-                    lock(&failure).get_or_insert(error);
-                }
-            }
-        }
-    };
-    thread::scope(|scope| -> Result<()> {
-        for _ in 0..WORKERS.min(items.len()) {
-            let started = thread::Builder::new()
-                .name("copy".into())
-                .spawn_scoped(scope, worker);
-            let started = started.attempt(|| "start a thread");
-            started.inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
-        }
-        Ok(())
-    })?;
-    if let Some(error) = lock(&failure).take() {
-        return Err(error);
-    }
-    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    results.sort_unstable_by_key(|(place, _)| *place);
-    Ok(results.into_iter().map(|(_, result)| result).collect())
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

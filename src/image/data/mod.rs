@@ -5,8 +5,10 @@
 //! that was ever written is never all zeros, so a hole where a file has content is content that is
 //! gone. The ciphertext is read, and not decrypted.
 
+mod subset;
+mod windows;
+
 use std::ops::Range;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -16,10 +18,9 @@ use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4::Piece;
 use crate::progress::{Event, Monitor, Progress};
-use crate::units::{Bytes, MIB};
 
-/// What is read at once: a window of the image, from the first wanted byte in it to the last.
-const WINDOW: u64 = MIB;
+pub use subset::Subset;
+use windows::{Window, Windows, cut, len};
 
 /// Windows that are read at the same time: 8 MiB fill a link of 1 Gbit/s at 60 ms.
 const READERS: usize = 8;
@@ -29,73 +30,6 @@ const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// The first so many ranges of each kind are kept for the report; all are counted.
 pub const LISTED_MAX: usize = 20;
-
-/// Which part of the data is read.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Subset {
-    All,
-    /// Chosen by chance, in millionths.
-    Share(u32),
-    /// Chosen by chance, about so many bytes.
-    Bytes(u64),
-    /// The same each time: all parts together are everything.
-    Part {
-        number: u64,
-        of: u64,
-    },
-}
-
-impl FromStr for Subset {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is not a part; write it like 5%, 10G or 1/30");
-        if let Some(percent) = text.strip_suffix('%') {
-            let percent: f64 = percent.parse().map_err(|_| wrong())?;
-            return match percent > 0.0 && percent <= 100.0 {
-                true => Ok(Subset::Share((percent * 10_000.0).ceil() as u32)),
-                false => Err(wrong()),
-            };
-        }
-        if let Some((number, of)) = text.split_once('/') {
-            let (number, of) = (number.parse(), of.parse());
-            return match (number, of) {
-                (Ok(number), Ok(of)) if (1..=of).contains(&number) => {
-                    Ok(Subset::Part { number, of })
-                }
-                _ => Err(wrong()),
-            };
-        }
-        match text.parse() {
-            Ok(Bytes(0)) | Err(_) => Err(wrong()),
-            Ok(Bytes(bytes)) => Ok(Subset::Bytes(bytes)),
-        }
-    }
-}
-
-impl Subset {
-    /// Whether the window with this number belongs to it. `seed` is chance.
-    fn has(self, window: u64, seed: u64, total: u64) -> bool {
-        let share = match self {
-            Subset::All => return true,
-            Subset::Part { number, of } => return window % of == number - 1,
-            Subset::Share(millionths) => u64::from(millionths),
-            Subset::Bytes(bytes) => {
-                let share = u128::from(bytes) * 1_000_000 / u128::from(total.max(1));
-                u64::try_from(share).unwrap_or(u64::MAX)
-            }
-        };
-        mixed(window ^ seed) % 1_000_000 < share
-    }
-}
-
-/// Spreads neighbours over all numbers (the finalizer of SplitMix64).
-fn mixed(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let value = (value ^ value >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let value = (value ^ value >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-    value ^ value >> 31
-}
 
 /// What is to be read, and for how long.
 pub struct Reading<'a> {
@@ -213,76 +147,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn len(range: &Range<u64>) -> u64 {
-    range.end - range.start
-}
-
-/// Part of the volume, no longer than [`WINDOW`], that begins and ends with something wanted.
-struct Window<'a> {
-    range: Range<u64>,
-    /// Those that reach into it.
-    pieces: &'a [Piece],
-    /// Bytes of them in it.
-    wanted: u64,
-}
-
-struct Windows<'a> {
-    rest: &'a [Piece],
-    /// Nothing before it is handed out any more.
-    from: u64,
-    subset: Subset,
-    seed: u64,
-    total: u64,
-}
-
-impl<'a> Windows<'a> {
-    fn of(job: &Reading<'a>, seed: u64, total: u64) -> Self {
-        Windows {
-            rest: job.pieces,
-            from: 0,
-            subset: job.subset,
-            seed,
-            total,
-        }
-    }
-}
-
-impl<'a> Iterator for Windows<'a> {
-    type Item = Window<'a>;
-
-    fn next(&mut self) -> Option<Window<'a>> {
-        loop {
-            let first = self.rest.first()?;
-            let start = first.range.start.max(self.from);
-            let number = start / WINDOW;
-            let limit = (number + 1) * WINDOW;
-            let count = self
-                .rest
-                .iter()
-                .take_while(|piece| piece.range.start < limit)
-                .count();
-            let pieces = &self.rest[..count];
-            let (mut end, mut wanted) = (start, 0);
-            for piece in pieces {
-                let inside = piece.range.start.max(start)..piece.range.end.min(limit);
-                end = end.max(inside.end);
-                wanted += inside.end.saturating_sub(inside.start);
-            }
-            // Only the last of them can reach beyond; blocks belong to one piece.
-            let over = pieces.last().is_some_and(|piece| piece.range.end > limit);
-            self.rest = &self.rest[count - usize::from(over)..];
-            self.from = limit;
-            if self.subset.has(number, self.seed, self.total) {
-                return Some(Window {
-                    range: start..end,
-                    pieces,
-                    wanted,
-                });
-            }
-        }
-    }
-}
-
 impl Reading<'_> {
     fn read_window(&self, window: &Window<'_>, result: &Mutex<Read>) -> Result<()> {
         let at = self.begins + window.range.start;
@@ -350,19 +214,15 @@ impl Reading<'_> {
     }
 }
 
-fn cut(range: &Range<u64>, to: &Range<u64>) -> Range<u64> {
-    let start = range.start.max(to.start);
-    start..range.end.min(to.end).max(start)
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
 
     use super::*;
     use crate::layer::fault::{Faulty, Operation};
     use crate::layer::memory::Memory;
     use crate::progress::Silent;
+    use crate::units::MIB;
 
     const BEGINS: u64 = 8192;
 
@@ -370,7 +230,7 @@ mod tests {
         Piece { range, inode }
     }
 
-    fn pieces() -> Vec<Piece> {
+    pub fn pieces() -> Vec<Piece> {
         vec![
             piece(4096..12288, 11),
             piece(MIB - 4096..2 * MIB + 8192, 12),
@@ -385,7 +245,7 @@ mod tests {
         Arc::new(memory)
     }
 
-    fn job<'a>(image: &'a dyn Device, pieces: &'a [Piece], subset: Subset) -> Reading<'a> {
+    pub fn job<'a>(image: &'a dyn Device, pieces: &'a [Piece], subset: Subset) -> Reading<'a> {
         Reading {
             image,
             begins: BEGINS,
@@ -396,61 +256,6 @@ mod tests {
             monitor: &Silent,
             check: &|| Ok(()),
         }
-    }
-
-    #[test]
-    fn windows_have_every_byte_of_every_piece_once() {
-        let (memory, pieces) = (memory(), pieces());
-        let job = job(&memory, &pieces, Subset::All);
-        let mut seen = Vec::new();
-        for window in Windows::of(&job, 0, 0) {
-            assert!(len(&window.range) <= WINDOW);
-            for piece in window.pieces {
-                let inside = cut(&piece.range, &window.range);
-                seen.push((inside.start, inside.end));
-            }
-        }
-        let all = [
-            (4096, 12288),
-            (MIB - 4096, MIB),
-            (MIB, 2 * MIB),
-            (2 * MIB, 2 * MIB + 8192),
-            (5 * MIB, 5 * MIB + 4096),
-        ];
-        assert_eq!(seen, all);
-    }
-
-    #[test]
-    fn parts_together_are_everything_and_chance_takes_its_share() {
-        for of in [1, 2, 7] {
-            for window in 0..100 {
-                let parts = (1..=of).filter(|number| {
-                    Subset::Part {
-                        number: *number,
-                        of,
-                    }
-                    .has(window, 5, 0)
-                });
-                assert_eq!(parts.count(), 1);
-            }
-        }
-        let tenth = "10%".parse::<Subset>().expect("a part");
-        let count = (0..10_000).filter(|w| tenth.has(*w, 99, 0)).count();
-        assert!((800..1200).contains(&count), "{count}");
-        let bytes = Subset::Bytes(MIB).has(3, 4, MIB);
-        assert!(bytes, "more than there is is all");
-    }
-
-    #[test]
-    fn what_is_no_part_is_refused() {
-        for wrong in [
-            "", "0%", "101%", "x%", "0/3", "4/3", "1/0", "/", "0", "-5%", "soon", "1/x",
-        ] {
-            assert!(wrong.parse::<Subset>().is_err(), "{wrong}");
-        }
-        assert_eq!("5%".parse(), Ok(Subset::Share(50_000)));
-        assert_eq!("10G".parse(), Ok(Subset::Bytes(10 << 30)));
-        assert_eq!("1/30".parse(), Ok(Subset::Part { number: 1, of: 30 }));
     }
 
     #[test]

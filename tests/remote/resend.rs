@@ -1,0 +1,143 @@
+//! What is sent again after a break: many places at once, newest bytes, and further with each break.
+
+use std::thread;
+use std::time::Duration;
+
+use e2ebak::device::Device;
+use e2ebak::remote::Store;
+use e2ebak::remote::engine::Bounds;
+
+use crate::model_server::{Act, IMAGE, Model, What};
+use crate::redial::{bounds, open, told, until};
+use crate::rig::pattern;
+
+const KIB: usize = 1 << 10;
+
+#[test]
+fn many_places_are_sent_again_at_once() {
+    let model = Model::new(4096 * KIB);
+    let (_store, device) = open(&model, bounds(1));
+    let places: Vec<u64> = (1..200).map(|n| n * 16 * KIB as u64).collect();
+    for place in &places {
+        told(device.write_all_at(&pattern(4 * KIB, *place), *place));
+    }
+    model.crash();
+    {
+        let mut world = model.world();
+        world.round_trip = Duration::from_millis(20);
+        world.most_under_way = 0;
+    }
+    told(device.flush());
+    let stored = model.synced(IMAGE);
+    for place in &places {
+        let at = *place as usize;
+        assert!(stored[at..at + 4 * KIB] == pattern(4 * KIB, *place));
+    }
+    let most = model.world().most_under_way;
+    assert!(most > 64, "{most} at once");
+}
+
+#[test]
+fn a_link_that_breaks_again_and_again_gets_on() {
+    let model = Model::new(2048 * KIB);
+    let (_store, device) = open(&model, bounds(1));
+    let data = pattern(1536 * KIB, 9);
+    told(device.write_all_at(&data, 8192));
+    // A write of the model is 8 KiB: no session lives for more than 200 KiB.
+    let mut writes = 0;
+    model.script(move |seen| match seen.what {
+        What::Write => {
+            writes += 1;
+            match writes % 25 {
+                0 => Act::EndAfter,
+                _ => Act::Serve,
+            }
+        }
+        _ => Act::Serve,
+    });
+    model.crash();
+    told(device.flush());
+    assert!(model.synced(IMAGE)[8192..8192 + data.len()] == data);
+    let dials = model.world().dials;
+    assert!(dials > 8, "only {dials} sessions: this shows nothing");
+}
+
+#[test]
+fn newer_data_win_over_what_is_sent_again_meanwhile() {
+    for round in 0..6 {
+        let model = Model::new(1024 * KIB);
+        model.world().round_trip = Duration::from_millis(2);
+        let (_store, device) = open(&model, bounds(1 + round % 3));
+        until("sessions", || model.sessions() == 1 + round % 3);
+        let places: Vec<u64> = (1..60).map(|n| n * 16 * KIB as u64).collect();
+        let write = |value: u8, place: u64| {
+            told(device.write_all_at(&vec![value; 12 * KIB], place));
+        };
+        places.iter().for_each(|place| write(1, *place));
+        model.crash();
+        thread::scope(|scope| {
+            let (device, write, places) = (&device, &write, &places);
+            scope.spawn(move || told(device.flush()));
+            for writer in 0..3 {
+                scope.spawn(move || {
+                    let own = places.iter().skip(writer).step_by(3);
+                    own.for_each(|place| write(2, *place));
+                });
+            }
+        });
+        told(device.flush());
+        let stored = model.synced(IMAGE);
+        for place in &places {
+            let at = *place as usize;
+            assert!(
+                stored[at..at + 12 * KIB].iter().all(|byte| *byte == 2),
+                "{place}, round {round}"
+            );
+        }
+        assert_eq!(model.violations(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn what_is_sent_again_may_land_late_as_well() {
+    let model = Model::new(256 * KIB);
+    model.world().late_max = Duration::from_secs(2);
+    let bounds = Bounds {
+        late_after_end: Duration::from_millis(2500),
+        ..bounds(1)
+    };
+    let (store, device) = open(&model, bounds);
+    told(device.write_all_at(&[1; 4096], 8192));
+    model.end_all();
+    let mut done = false;
+    model.script(move |seen| match seen.what {
+        What::Write if !done => {
+            done = true;
+            Act::Hold
+        }
+        _ => Act::Serve,
+    });
+    told(device.flush());
+    told(device.write_all_at(&[2; 4096], 8192));
+    told(device.flush());
+    assert!(model.apply_late() > 0, "the old write lands");
+    assert!(model.volatile(IMAGE)[8192..12_288] == [1; 4096]);
+    told(store.settle(&|_| {}));
+    assert!(model.synced(IMAGE)[8192..12_288] == [2; 4096]);
+}
+
+/// A session that was begun before a write and is up after the server has forgotten it: to sync on it
+/// covers nothing.
+#[test]
+fn a_session_counts_from_when_it_is_up() {
+    let model = Model::new(256 * KIB);
+    model.world().dials_held_from = 2;
+    let (_store, device) = open(&model, bounds(2));
+    until("a second dial", || model.world().dials > 1);
+    let data = pattern(20_000, 4);
+    told(device.write_all_at(&data, 8192));
+    model.crash();
+    model.world().dials_held_from = u64::MAX;
+    told(device.flush());
+    assert!(model.synced(IMAGE)[8192..28_192] == data);
+}
