@@ -9,16 +9,20 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use e2ebak::error::Kind;
 use e2ebak::export::{Export, Options, abort_connection};
+use e2ebak::host::View;
+use e2ebak::host::keeper::Keeper;
 use e2ebak::host::mount::{Driver, mount_volume};
 use e2ebak::host::namespace;
 use e2ebak::host::privilege::Means;
+
+use rustix::process::{Pid, Signal};
 
 #[path = "export/world.rs"]
 mod world;
@@ -246,6 +250,40 @@ fn a_held_file_keeps_the_mount_and_dropping_takes_it_out_of_sight() {
     assert!(!file.exists());
     holder.kill().expect("killed");
     holder.wait().expect("reaped");
+}
+
+/// The mount is in a namespace that has other members; whoever killed the keeper has taken the way in.
+#[test]
+fn it_ends_although_its_keeper_was_killed() {
+    let Some(world) = World::new() else { return };
+    let mut member = Command::new("unshare")
+        .args(["--mount", "sh", "-c", "echo; exec sleep 600"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("runs");
+    let mut line = String::new();
+    let mut said = BufReader::new(member.stdout.take().expect("piped"));
+    said.read_line(&mut line).expect("a line");
+    let keeper = Keeper::start(View::Of(member.id())).expect("starts");
+    let View::Of(number) = keeper.view() else {
+        panic!("it keeps our own namespace");
+    };
+    let options = Options {
+        view: keeper.view(),
+        ..Options::default()
+    };
+    let export = Arc::new(world.export(world.rig(), options));
+    let dead = Pid::from_raw(number as i32).expect("a number");
+    rustix::process::kill_process(dead, Signal::KILL).expect("killed");
+    eventually("the keeper is dead", || {
+        fs::read(format!("/proc/{number}/mountinfo")).is_err()
+    });
+    let (sender, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(export.unmount()));
+    let outcome = ended.recv_timeout(SOON);
+    member.kill().expect("killed");
+    member.wait().expect("reaped");
+    outcome.expect("it ends").expect("in order");
 }
 
 #[test]

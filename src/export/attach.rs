@@ -96,10 +96,23 @@ impl Attached {
 
     fn unmount(&self, flags: UnmountFlags, fusermount: &[&str]) -> Result<()> {
         let mut attached = self.attached.lock().unwrap_or_else(|e| e.into_inner());
-        // Something else may have been mounted in our place by now.
-        if !*attached || self.connection_seen().ok() != Some(self.connection) {
-            *attached = false;
+        if !*attached {
             return Ok(());
+        }
+        match self.view.topmost(&self.directory) {
+            Ok(Some(entry)) if entry.minor == self.connection => {}
+            // The keeper was killed: nobody can be sent inside, and others may keep the mount alive.
+            // The connection has to end, or serving it never does.
+            Err(error) if self.view != View::Own => {
+                warn!(error = error.report(), "the way to the mount is gone");
+                *attached = false;
+                return super::abort_connection(self.connection).or_else(none_is_fine);
+            }
+            // Something else may have been mounted in our place by now.
+            _ => {
+                *attached = false;
+                return Ok(());
+            }
         }
         let done = match (self.view, self.by_fusermount) {
             (_, true) => unmount_by_fusermount(&self.directory, fusermount),
@@ -136,6 +149,14 @@ impl Drop for Attached {
         if let Err(error) = self.unmount(lazily, &["-u", "-z"]) {
             warn!(error = error.report(), "a FUSE mount is left behind");
         }
+    }
+}
+
+/// A connection that is no more needs no abort.
+fn none_is_fine(error: Error) -> Result<()> {
+    match error.kind() {
+        Kind::NotFound => Ok(()),
+        _ => Err(error),
     }
 }
 

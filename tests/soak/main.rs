@@ -2,7 +2,8 @@
 //! then succeeds by itself, nothing is left behind, the tree restored equals the tree saved, and the
 //! snapshot before it is still there and still the same.
 //!
-//! `scripts/soak --rounds N --seed S` runs it at length; as a test it makes [`CI_ROUNDS`] rounds.
+//! `scripts/soak --rounds N --seed S` runs it at length; as a test it makes [`CI_ROUNDS`] rounds. With
+//! `--disaster N` all rounds are struck by that one of [`disaster::DISASTERS`].
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     }
     let rounds = value("--rounds").unwrap_or(CI_ROUNDS);
     let mut soak = Soak::new(value("--seed").unwrap_or(CI_SEED), rounds > CI_ROUNDS);
+    soak.only = value("--disaster");
     let found = soak.all(rounds);
     eprintln!("{} struck before the run was over", found.struck);
     println!(

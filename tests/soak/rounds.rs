@@ -42,6 +42,8 @@ pub struct Soak {
     sandbox: Sandbox,
     random: u64,
     stop: Duration,
+    /// The number of the disaster that strikes all rounds, if not each in turn.
+    pub only: Option<u64>,
     found: Found,
     /// The newest snapshot that is known to be whole; what it holds is in `before`.
     kept: Option<String>,
@@ -53,6 +55,7 @@ impl Soak {
             sandbox: Sandbox::new(),
             random: seed,
             stop: STOPS[usize::from(at_length)],
+            only: None,
             found: Found::default(),
             kept: None,
         }
@@ -77,7 +80,8 @@ impl Soak {
         plain_tree(&source, 100);
         for round in 0..rounds {
             // Every disaster in turn, so that a few rounds see them all.
-            let disaster = DISASTERS[(round % DISASTERS.len() as u64) as usize];
+            let number = self.only.unwrap_or(round) % DISASTERS.len() as u64;
+            let disaster = DISASTERS[number as usize];
             let moment = Duration::from_millis(self.below(MOMENTS_MS));
             let file = source.join(format!("changes {}", self.below(4)));
             large_file(&file, self.below(12 * MIB), self.random);
@@ -144,7 +148,8 @@ impl Soak {
         };
         while !backup.is_over() || runs() {
             if Instant::now() > end {
-                return Err(Wrong::Stuck("the run does not end".into()));
+                let left = states(&self.sandbox);
+                return Err(Wrong::Stuck(format!("the run does not end: {left:#?}")));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -200,4 +205,24 @@ impl Soak {
             ))),
         }
     }
+}
+
+/// Who is left, and where in the kernel each of its threads waits.
+fn states(sandbox: &Sandbox) -> Vec<String> {
+    let of = |(pid, line): (u32, String)| {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+        let tasks = tasks.into_iter().flatten().flatten();
+        let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
+        let mut waits: Vec<String> = tasks
+            .map(|task| {
+                let at = task.path();
+                let name = read(at.join("comm"));
+                format!("{}@{}", name.trim_end(), read(at.join("wchan")))
+            })
+            .filter(|wait| !wait.starts_with("cache-"))
+            .collect();
+        waits.sort_unstable();
+        format!("{pid} {line}: {}", waits.join(" "))
+    };
+    sandbox.processes().into_iter().map(of).collect()
 }
