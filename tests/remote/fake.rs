@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -393,13 +394,19 @@ fn without_fsync_a_flush_is_best_effort() {
 
 #[test]
 fn one_failed_chunk_fails_the_write_when_all_are_answered() {
+    let all_answered = Arc::new(AtomicBool::new(false));
+    let answered = all_answered.clone();
     let device = file(
         100_000,
         &[("limits@openssh.com", "1")],
-        |peer, id, request| {
+        move |peer, id, request| {
             let Request::Write { offset, .. } = request else {
                 return;
             };
+            if offset == 32_768 {
+                thread::sleep(Duration::from_millis(200));
+                answered.store(true, Ordering::Relaxed);
+            }
             peer.status(
                 id,
                 if offset == 8192 {
@@ -414,6 +421,10 @@ fn one_failed_chunk_fails_the_write_when_all_are_answered() {
         .write_all_at(&[7; 40_000], 0)
         .expect_err("one chunk fails");
     assert_eq!(error.kind(), Kind::Io, "{}", error.report());
+    assert!(
+        all_answered.load(Ordering::Relaxed),
+        "what is still on its way could land on what is written next"
+    );
     device
         .write_all_at(&[7; 4096], 0)
         .expect("the session goes on");

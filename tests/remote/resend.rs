@@ -1,5 +1,6 @@
 //! What is sent again after a break: many places at once, newest bytes, and further with each break.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use e2ebak::device::Device;
 use e2ebak::remote::Store;
 use e2ebak::remote::engine::Bounds;
 
-use crate::model_server::{Act, IMAGE, Model, What};
+use crate::model_server::{Act, IMAGE, Model, What, head};
 use crate::redial::{bounds, open, told, until};
 use crate::rig::pattern;
 
@@ -140,4 +141,82 @@ fn a_session_counts_from_when_it_is_up() {
     model.world().dials_held_from = u64::MAX;
     told(device.flush());
     assert!(model.synced(IMAGE)[8192..28_192] == data);
+}
+
+/// What newer data that are still on their way lie over was answered, and a flush covers it.
+#[test]
+fn a_flush_covers_what_newer_data_are_about_to_replace() {
+    let model = Model::new(256 * KIB);
+    let (_store, device) = open(&model, bounds(1));
+    told(device.write_all_at(&[1; 4096], 8192));
+    {
+        let mut world = model.world();
+        world.round_trip = Duration::from_millis(200);
+        world.most_under_way = 0;
+    }
+    thread::scope(|scope| {
+        scope.spawn(|| told(device.write_all_at(&[2; 4096], 8192)));
+        until("write under way", || model.world().most_under_way > 0);
+        told(device.flush());
+        let stored = model.synced(IMAGE)[8192..12_288].to_vec();
+        assert!(stored == [1; 4096] || stored == [2; 4096], "neither is");
+    });
+}
+
+#[test]
+fn what_a_resize_cut_off_is_not_sent_again() {
+    let model = Model::new(256 * KIB);
+    let (_store, device) = open(&model, bounds(1));
+    let end = 248 * KIB as u64;
+    told(device.write_all_at(&[1; 8192], end));
+    told(device.resize(end));
+    model.crash();
+    told(device.flush());
+    assert_eq!(model.synced(IMAGE).len() as u64, end);
+}
+
+/// A server that forgets a header that was not synced is still the same one.
+#[test]
+fn a_header_identifies_the_image_when_it_is_synced() {
+    let model = Model::new(256 * KIB);
+    let (_store, device) = open(&model, bounds(1));
+    let new = head("99999999-2222-4333-8444-555555555555");
+    told(device.write_all_at(&new, 0));
+    let mut read = vec![0; new.len()];
+    told(device.read_exact_at(&mut read, 0));
+    assert!(read == new);
+    model.crash();
+    told(device.flush());
+    assert!(model.synced(IMAGE).starts_with(&new));
+}
+
+#[test]
+fn writers_wait_while_much_is_kept() {
+    const MIB: usize = 1 << 20;
+    /// What is kept at most is 64 MiB.
+    const KEPT: usize = 64;
+    let model = Model::new(80 * MIB);
+    let (_store, device) = open(&model, bounds(1));
+    model.script(|seen| match seen.what {
+        What::Sync => Act::Fail,
+        _ => Act::Serve,
+    });
+    let written = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 1..72 {
+                told(device.write_all_at(&vec![n as u8; MIB], (n * MIB) as u64));
+                written.store(n, Ordering::Relaxed);
+            }
+        });
+        until("writes", || written.load(Ordering::Relaxed) == KEPT);
+        thread::sleep(Duration::from_millis(300));
+        assert_eq!(written.load(Ordering::Relaxed), KEPT);
+        model.script(|_| Act::Serve);
+        // What failed to be synced is told once, and is sent again.
+        let _ = device.flush();
+    });
+    told(device.flush());
+    let stored = model.synced(IMAGE);
+    assert!((1..72).all(|n| stored[n * MIB..(n + 1) * MIB].iter().all(|b| *b == n as u8)));
 }
