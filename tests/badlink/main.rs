@@ -333,11 +333,18 @@ fn a_mount_without_a_link_hangs_nobody_beyond_the_deadline() {
     place.assert_closed();
 }
 
+fn copy_sparse(from: &Path, to: &Path) {
+    run(tool("cp").arg("--sparse=always").args([from, to]));
+}
+
 /// An image behind a relay, and what a run takes that nobody disturbs.
 struct Relayed<'a> {
     place: Place<'a>,
     relay: Relay,
     source: PathBuf,
+    /// The image after the first backup. Each run begins with that: with more snapshots it has
+    /// more requests.
+    first: PathBuf,
     requests: u64,
     runs: u64,
 }
@@ -356,9 +363,12 @@ impl<'a> Relayed<'a> {
             place,
             relay,
             source,
+            first: sandbox.path("first.img"),
             requests: 0,
             runs: 0,
         };
+        relayed.place.backup(&relayed.source).ok();
+        copy_sparse(&relayed.place.stored, &relayed.first);
         relayed.run(|_| Act::Pass).code(0);
         relayed.requests = relayed.relay.requests();
         assert!(relayed.requests > 2 * BEGINNING, "{}", relayed.requests);
@@ -367,6 +377,7 @@ impl<'a> Relayed<'a> {
 
     fn run(&mut self, script: impl FnMut(u64) -> Act + Send + 'static) -> Ran {
         self.runs += 1;
+        copy_sparse(&self.first, &self.place.stored);
         large_file(&self.source.join("large"), 2 * MIB, self.runs);
         self.relay.script(script);
         let backup = self.place.backup(&self.source);
