@@ -55,8 +55,8 @@ pub const SIZE_MIN_BYTES: u64 = 128 * KIB;
 /// Above this many dirty bytes writing back starts at once: four full runs.
 pub const LOW_MARK: u64 = 4 * MIB;
 
-/// Bytes being written at once: what fills eight SSH channels of 2 MiB each.
-pub const SENDING_MAX: u64 = 16 * MIB;
+/// Bytes being written at once: what keeps eight SSH channels of 2 MiB each full.
+pub const SENDING_MAX: u64 = 24 * MIB;
 
 /// Threads. A device call blocks, so this is also how many requests overlap: small scattered
 /// writes need far more of them than full runs do, and those stop at [`SENDING_MAX`].
