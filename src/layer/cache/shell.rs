@@ -6,16 +6,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use super::frames::{Buffers, Frames};
+use super::frames::{Frames, Incoming};
 use super::readahead::{Parameters, Readahead};
 use super::table::{Fetch, FetchId, Flush, Limits, Read, Table, Write};
 use super::{BLOCK, SENDERS_MAX, Settings, Stats, lock};
+use crate::buffer::Buffers;
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result, Told};
 
 pub struct Shared {
     pub inner: Arc<dyn Device>,
     pub state: Mutex<State>,
+    /// Of what is written back.
+    pub outgoing: Buffers,
     /// Workers wait here.
     pub work: Condvar,
     /// Everybody else waits here, for any I/O to end.
@@ -33,7 +36,7 @@ pub struct Shared {
 pub struct State {
     pub table: Table,
     pub frames: Frames,
-    pub buffers: Buffers,
+    pub incoming: Incoming,
     pub readahead: Readahead,
     /// Fetches for the workers. As each holds a frame for every block, frames are its bound.
     pub queue: VecDeque<Fetch>,
@@ -106,7 +109,7 @@ impl Shared {
             state: Mutex::new(State {
                 table: Table::new(limits),
                 frames: Frames::default(),
-                buffers: Buffers::default(),
+                incoming: Incoming::default(),
                 readahead: Readahead::new(settings.readahead),
                 queue: VecDeque::new(),
                 waiting: HashMap::new(),
@@ -118,6 +121,7 @@ impl Shared {
                 senders: 0,
                 waiters: 0,
             }),
+            outgoing: Buffers::default(),
             work: Condvar::new(),
             changed: Condvar::new(),
             turn: Mutex::new(()),
@@ -176,6 +180,25 @@ impl Shared {
         }
         self.read_ahead(&mut guard, &mut want);
         Ok(())
+    }
+
+    /// Reads if all of it is here; else it does nothing.
+    pub fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
+        let mut want = Want::new(blocks_of(offset, buf.len()));
+        let mut guard = lock(&self.state);
+        let state = &mut *guard;
+        if !want.blocks.clone().all(|block| state.table.holds(block)) {
+            return false;
+        }
+        for block in want.blocks.clone() {
+            if let Read::Hit(frame) = state.table.read(block) {
+                let (inside, outside) = piece(block, offset, buf.len());
+                buf[outside].copy_from_slice(&state.frames.get(frame)[inside]);
+                state.stats.hits += 1;
+            }
+        }
+        self.read_ahead(state, &mut want);
+        true
     }
 
     /// Waits for another thread's fetch. Its failure is passed on if it is the link's; if it is
@@ -276,7 +299,7 @@ impl Shared {
     pub fn fetch<'a>(&'a self, mut guard: Guard<'a>, fetch: Fetch) -> (Guard<'a>, Result<()>) {
         let blocks = fetch.blocks();
         let length = (blocks.end - blocks.start) as usize * BLOCK;
-        let mut buffer = guard.buffers.take(length);
+        let mut buffer = guard.incoming.take(length);
         drop(guard);
 
         let bytes = self.bytes_of(&blocks);
@@ -307,7 +330,7 @@ impl Shared {
                 state.table.fetch_failed(fetch);
             }
         }
-        state.buffers.give(buffer);
+        state.incoming.give(buffer);
         self.tell_waiters(state);
         self.nudge(state);
         (guard, result)
@@ -326,22 +349,12 @@ impl Shared {
         let mut guard = lock(&self.state);
         let mut now = self.now();
         for block in blocks_of(offset, data.len()) {
-            let (inside, outside) = piece(block, offset, data.len());
-            let bytes = self.bytes_of(&(block..block + 1));
-            let whole = inside.len() as u64 == bytes.end - bytes.start;
             let mut want = Want::new(block..block + 1);
             loop {
                 check_failure(&guard)?;
                 let state = &mut *guard;
-                match state.table.write(block, whole, now) {
-                    Write::Into(frame) => {
-                        let frame = state.frames.get_mut(frame);
-                        if whole {
-                            frame[inside.end..].fill(0);
-                        }
-                        frame[inside].copy_from_slice(&data[outside]);
-                        break;
-                    }
+                match self.write_block(state, block, data, offset, now) {
+                    Write::Into(_) => break,
                     Write::Fetch => guard = self.fetch_missing(guard, &mut want, block)?,
                     Write::Wait => {
                         self.nudge(state);
@@ -359,6 +372,52 @@ impl Shared {
         }
         self.nudge(&guard);
         Ok(())
+    }
+
+    /// Writes up to the first block that has to wait; gives the bytes written.
+    pub fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
+        // Who waits for room was here before.
+        if self.turn.try_lock().is_err() {
+            return 0;
+        }
+        let mut guard = lock(&self.state);
+        let state = &mut *guard;
+        let now = self.now();
+        let mut written = 0;
+        for block in blocks_of(offset, data.len()) {
+            if state.failure.is_some() {
+                break;
+            }
+            let Write::Into(_) = self.write_block(state, block, data, offset, now) else {
+                break;
+            };
+            written = piece(block, offset, data.len()).1.end;
+        }
+        self.nudge(state);
+        written
+    }
+
+    /// Writes what a request has for one block, if the table lets it.
+    fn write_block(
+        &self,
+        state: &mut State,
+        block: u64,
+        data: &[u8],
+        offset: u64,
+        now: Duration,
+    ) -> Write {
+        let (inside, outside) = piece(block, offset, data.len());
+        let bytes = self.bytes_of(&(block..block + 1));
+        let whole = inside.len() as u64 == bytes.end - bytes.start;
+        let answer = state.table.write(block, whole, now);
+        if let Write::Into(frame) = answer {
+            let frame = state.frames.get_mut(frame);
+            if whole {
+                frame[inside.end..].fill(0);
+            }
+            frame[inside].copy_from_slice(&data[outside]);
+        }
+        answer
     }
 
     pub fn flush(&self) -> Result<()> {
