@@ -489,6 +489,33 @@ fn another_image_in_its_place_is_not_written_to() {
     });
 }
 
+/// A session is asked for its proof while others, which still lead to the old image, are up.
+#[test]
+fn each_session_has_to_lead_to_the_same_image() {
+    let model = Model::new(SIZE);
+    let (_store, device) = open(&model, bounds(3));
+    until("three sessions", || model.sessions() == 3);
+    let mut other = head("99999999-2222-4333-8444-555555555555");
+    other.resize(SIZE, 0);
+    model.put(IMAGE, &other);
+    let mut broken = false;
+    model.script(move |seen| match seen.what {
+        What::Write if !broken => {
+            broken = true;
+            Act::EndBefore
+        }
+        _ => Act::Serve,
+    });
+    let mut error = None;
+    until("refusal", || {
+        error = device.write_all_at(&[1; 3000], 9000).err();
+        error.is_some()
+    });
+    let error = error.expect("refused");
+    assert_eq!(error.kind(), Kind::Corrupt, "{}", error.report());
+    assert!(model.volatile(IMAGE) == other, "nothing is written there");
+}
+
 #[test]
 fn without_its_lease_nothing_is_written() {
     let name = format!("{IMAGE}.lease");

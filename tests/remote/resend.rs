@@ -1,5 +1,6 @@
 //! What is sent again after a break: many places at once, newest bytes, and further with each break.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -160,6 +161,39 @@ fn a_flush_covers_what_newer_data_are_about_to_replace() {
         told(device.flush());
         let stored = model.synced(IMAGE)[8192..12_288].to_vec();
         assert!(stored == [1; 4096] || stored == [2; 4096], "neither is");
+    });
+}
+
+/// What a restarted server has forgotten is sent again, synced and let go while it is being read.
+#[test]
+fn a_read_sees_what_is_let_go_meanwhile() {
+    let model = Model::new(256 * KIB);
+    let (_store, device) = open(&model, bounds(1));
+    told(device.write_all_at(&[1; 8192], 8192));
+    model.crash();
+    // A read takes sixteen round trips, sending again and syncing two.
+    {
+        let mut world = model.world();
+        world.round_trip = Duration::from_millis(20);
+        world.read_max = 512;
+    }
+    let reads = Arc::new(AtomicUsize::new(0));
+    let seen_reads = reads.clone();
+    model.script(move |seen| {
+        let is_read = seen.what == What::Read;
+        seen_reads.fetch_add(is_read.into(), Ordering::Relaxed);
+        Act::Serve
+    });
+    thread::scope(|scope| {
+        let read = scope.spawn(|| {
+            let mut read = [0; 8192];
+            told(device.read_exact_at(&mut read, 8192));
+            assert!(read == [1; 8192]);
+        });
+        // The first one is the proof's.
+        until("reads", || reads.load(Ordering::Relaxed) > 3);
+        told(device.flush());
+        read.join().expect("reads");
     });
 }
 
