@@ -309,6 +309,16 @@ impl Lanes {
         }
     }
 
+    /// Ends everything: a session does not lead to where the others did. Gives what all are told.
+    pub fn disprove(&self, error: &Error) -> Error {
+        let mut state = self.shared.lock();
+        let over = state.over.get_or_insert_with(|| Told::from(error)).clone();
+        drop(state);
+        self.shared.changed.notify_all();
+        self.shared.watch.notify_all();
+        over.into()
+    }
+
     /// Why nothing is tried any more; `None` while it is.
     pub fn over(&self) -> Option<Error> {
         self.shared.lock().over.clone().map(Error::from)

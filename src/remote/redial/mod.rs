@@ -209,31 +209,37 @@ fn size_of(handle: &OpenHandle) -> Result<u64> {
     found.size.ok_or_else(silent)
 }
 
-/// Whether a new session leads to the image that the others led to: as long, and with the same
-/// LUKS2 header on it.
+/// Whether a new session leads to the image that the others led to.
 fn proof(identity: Arc<Identity>, path: RemotePath) -> Proof {
     lanes::proof(move |files| {
+        let handle = files
+            .open(path.as_str(), OpenFlags::READ)
+            .attempt(|| "open the image again")?;
+        identity.check(&handle)
+    })
+}
+
+impl Identity {
+    /// Whether a file that was opened is the image: as long, and with the same LUKS2 header on it.
+    fn check(&self, handle: &OpenHandle) -> Result<()> {
         let other = |why: String| {
             Error::new(Kind::Corrupt, why)
                 .hint("somebody has changed or replaced the image while it was in use; look at it before you run anything again")
         };
-        let handle = files
-            .open(path.as_str(), OpenFlags::READ)
-            .attempt(|| "open the image again")?;
         // Before and after: somebody may resize it meanwhile.
-        let mut known = lock(&identity.sizes).clone();
-        let size = size_of(&handle)?;
-        known.extend_from_slice(&lock(&identity.sizes));
+        let mut known = lock(&self.sizes).clone();
+        let size = size_of(handle)?;
+        known.extend_from_slice(&lock(&self.sizes));
         if !known.contains(&size) {
-            let known = identity.size.load(Ordering::Acquire);
+            let known = self.size.load(Ordering::Acquire);
             return Err(other(format!(
                 "the image is {size} bytes long now, and was {known} bytes before the link broke"
             )));
         }
-        let known = lock(&identity.uuid).clone();
+        let known = lock(&self.uuid).clone();
         let Some(known) = known else { return Ok(()) };
         let mut head = [0; luks::HEAD_BYTES];
-        transfer::read_exact_at(&files.engine, handle.bytes(), &mut head, 0)?;
+        transfer::read_exact_at(&handle.files.engine, handle.bytes(), &mut head, 0)?;
         match luks::uuid_of(&head) {
             Some(uuid) if uuid == known => Ok(()),
             found => Err(other(format!(
@@ -241,7 +247,7 @@ fn proof(identity: Arc<Identity>, path: RemotePath) -> Proof {
                 found.as_deref().unwrap_or("none")
             ))),
         }
-    })
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -263,6 +269,13 @@ impl Shared {
         let opened = session
             .files
             .open(self.path.as_str(), open_flags(self.access))?;
+        // Once more: since the session was proved, another file may have taken its name.
+        if let Err(error) = self.identity.check(&opened) {
+            if error.kind() == Kind::Corrupt {
+                return Err(self.lanes.disprove(&error));
+            }
+            return Err(error);
+        }
         let opened = Arc::new(opened);
         let mut handles = lock(&self.handles);
         if let Some(handle) = known(&handles) {
