@@ -20,7 +20,7 @@
 //!   its neighbours is first tried without them. A failed write or inner flush is final: from then
 //!   on every write and flush returns it, and what is cached can still be read.
 //! - **Memory** is [`Settings::size_bytes`], taken as it is used, plus a buffer for each I/O in
-//!   flight, plus some 100 bytes a block: 160 MB in all with the default and everything busy.
+//!   flight, which for writes lives until the inner device lets go of it, plus some 100 bytes a block.
 
 mod frames;
 pub mod readahead;
