@@ -227,9 +227,10 @@ fn a_header_identifies_the_image_when_it_is_synced() {
 #[test]
 fn writers_wait_while_much_is_kept() {
     const MIB: usize = 1 << 20;
-    /// What is kept at most is 64 MiB.
-    const KEPT: usize = 64;
-    let model = Model::new(80 * MIB);
+    /// What is kept at most is 96 MiB.
+    const KEPT: usize = 96;
+    const ALL: usize = KEPT + 4;
+    let model = Model::new((ALL + 1) * MIB);
     let (_store, device) = open(&model, bounds(1));
     model.script(|seen| match seen.what {
         What::Sync => Act::Fail,
@@ -238,7 +239,7 @@ fn writers_wait_while_much_is_kept() {
     let written = AtomicUsize::new(0);
     thread::scope(|scope| {
         scope.spawn(|| {
-            for n in 1..72 {
+            for n in 1..=ALL {
                 told(device.write_all_at(&vec![n as u8; MIB], (n * MIB) as u64));
                 written.store(n, Ordering::Relaxed);
             }
@@ -252,5 +253,5 @@ fn writers_wait_while_much_is_kept() {
     });
     told(device.flush());
     let stored = model.synced(IMAGE);
-    assert!((1..72).all(|n| stored[n * MIB..(n + 1) * MIB].iter().all(|b| *b == n as u8)));
+    assert!((1..=ALL).all(|n| stored[n * MIB..(n + 1) * MIB].iter().all(|b| *b == n as u8)));
 }
