@@ -53,6 +53,20 @@ pub trait Device: Send + Sync {
     /// Accepted when it returns, not yet durable.
     fn write_all_at(&self, data: &[u8], offset: u64) -> Result<()>;
 
+    /// Fills `buf` if that needs no waiting; else it does nothing, and [`Device::read_exact_at`] is
+    /// for it. Only a device with a memory of its own can.
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
+        let _ = (buf, offset);
+        false
+    }
+
+    /// Takes as much from the start of a write as needs no waiting, and gives how many bytes that
+    /// were; [`Device::write_all_at`] is for the rest, and has the errors.
+    fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
+        let _ = (data, offset);
+        0
+    }
+
     /// Every write that returned before this call is on stable storage when it returns.
     fn flush(&self) -> Result<()>;
 
@@ -76,6 +90,12 @@ impl<D: Device + ?Sized> Device for Arc<D> {
     }
     fn write_all_at(&self, data: &[u8], offset: u64) -> Result<()> {
         (**self).write_all_at(data, offset)
+    }
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
+        (**self).read_at_once(buf, offset)
+    }
+    fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
+        (**self).write_at_once(data, offset)
     }
     fn flush(&self) -> Result<()> {
         (**self).flush()

@@ -21,7 +21,7 @@ pub const UNPACK: &str = "unpack a source tree, sync";
 /// The file's pages are written back and read ahead by the kernel. Beside it stands what sshfs
 /// does with a file of its own: the rows of sequential I/O.
 pub fn measure_file(rig: &Rig, rtt: u64, report: &mut Report) {
-    let bytes = rig.amounts.there / 2;
+    let bytes = rig.amounts.there / 8;
     let ours = Ours::mount(rig, rtt);
     let file = File::create_new(ours.at.join("file")).expect("a file");
     let done = Work::sequential(true, 0, bytes, 1).run(&file);

@@ -45,7 +45,7 @@ fn work(turn: &Turn<'_>, tool: &str, write: bool, depth: usize) -> crate::work::
     let amounts = turn.rig.amounts;
     let places = amounts.places();
     let (place, span) = match write {
-        true => (places.write_by_chance, amounts.there),
+        true => (places.write_by_chance, amounts.there / 4),
         false => (places.read_by_chance, amounts.scattered),
     };
     let base = if tool == OURS { VOLUME_BASE } else { 0 };

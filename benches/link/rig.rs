@@ -28,7 +28,8 @@ pub struct Places {
 /// How much is done in one measurement.
 #[derive(Clone, Copy)]
 pub struct Amounts {
-    /// Bytes that are there to be read in order, and places for as many to be written.
+    /// Bytes that are there to be read in order, and places for as many to be written. Channels come up
+    /// one after the other, and a backup of some GiB hardly notices that.
     pub there: u64,
     /// Bytes that are there to be read by chance.
     pub scattered: u64,
@@ -39,7 +40,7 @@ pub struct Amounts {
 impl Amounts {
     fn new(quick: bool) -> Self {
         Amounts {
-            there: if quick { 32 * MIB } else { 256 * MIB },
+            there: if quick { 128 * MIB } else { 1024 * MIB },
             scattered: if quick { 64 * MIB } else { 512 * MIB },
             random_time: Duration::from_millis(if quick { 300 } else { 2000 }),
             quick,
@@ -60,9 +61,9 @@ impl Amounts {
     /// Of `there`, what one SSH window at a time carries: who has no more is no faster with more.
     pub fn bytes_of_one_window(&self, rtt: u64) -> u64 {
         match rtt {
-            0 => self.there,
-            1..30 => self.there / 2,
-            _ => self.there / 4,
+            0 => self.there / 4,
+            1..30 => self.there / 8,
+            _ => self.there / 16,
         }
     }
 
@@ -88,10 +89,10 @@ pub struct Rig {
     _lock: File,
 }
 
-/// The most that the server's files take, and those of the client, in bytes: three files of 1.3 GiB
+/// The most that the server's files take, and those of the client, in bytes: three files of 2.6 GiB
 /// at most, those of sftp, and a tree.
-const STORE_MAX: u64 = 6 << 30;
-const CLIENT_MAX: u64 = 2 << 30;
+const STORE_MAX: u64 = 9 << 30;
+const CLIENT_MAX: u64 = 3 << 30;
 /// What must be left for everybody else while those are in memory.
 const MEMORY_LEFT: u64 = 4 << 30;
 

@@ -1,7 +1,9 @@
 //! The filesystem that FUSE shows: a root directory and one file of fixed size.
 //!
-//! What asks the device runs in [`Handlers`]; what only asks about it is answered in place.
+//! What may have to wait for the device runs in [`Handlers`]; what the device has in memory, or only
+//! asks about it, is answered in place.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -34,6 +36,11 @@ const REQUEST_MAX: u32 = 256 << 10;
 const REMEMBERED: Duration = Duration::from_secs(u32::MAX as u64);
 
 const FILE: INodeNo = INodeNo(2);
+
+thread_local! {
+    /// An event loop's buffer for what it reads by itself.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// File handles tell one thing: whether the holder may write.
 const FOR_READING: FileHandle = FileHandle(0);
@@ -143,13 +150,19 @@ impl VolumeFile {
 }
 
 impl Volume {
-    /// Reads what there is of the range: less at the end of the file, as read(2) does.
-    fn read_into(&self, buffer: &mut Vec<u8>, offset: u64, len: u32) -> Result<usize> {
+    /// How much there is of the range: less at the end of the file, as for read(2). The buffer has
+    /// room for it.
+    fn fit(&self, buffer: &mut Vec<u8>, offset: u64, len: u32) -> usize {
         let left = self.device.size().saturating_sub(offset);
         let len = u64::from(len).min(left) as usize;
         if buffer.len() < len {
             buffer.resize(len, 0);
         }
+        len
+    }
+
+    fn read_into(&self, buffer: &mut Vec<u8>, offset: u64, len: u32) -> Result<usize> {
+        let len = self.fit(buffer, offset, len);
         self.device.read_exact_at(&mut buffer[..len], offset)?;
         Ok(len)
     }
@@ -276,6 +289,15 @@ impl Filesystem for VolumeFile {
         reply: ReplyData,
     ) {
         trace!(offset, size, "read");
+        let mut buffer = BUFFER.take();
+        let len = self.volume.fit(&mut buffer, offset, size);
+        let done = self.volume.device.read_at_once(&mut buffer[..len], offset);
+        if done {
+            reply.data(&buffer[..len]);
+            BUFFER.set(buffer);
+            return;
+        }
+        BUFFER.set(buffer);
         let volume = self.volume.clone();
         let job = move |buffer: &mut Vec<u8>| match volume.read_into(buffer, offset, size) {
             Ok(len) => reply.data(&buffer[..len]),
@@ -300,10 +322,16 @@ impl Filesystem for VolumeFile {
         if self.volume.read_only {
             return reply.error(Errno::EROFS);
         }
-        let (volume, data) = (self.volume.clone(), data.to_vec());
-        let job = move |_: &mut Vec<u8>| match volume.device.write_all_at(&data, offset) {
-            Ok(()) => reply.written(data.len() as u32),
-            Err(failure) => reply.error(volume.failed("write", offset, data.len(), &failure)),
+        let size = data.len() as u32;
+        let taken = self.volume.device.write_at_once(data, offset);
+        if taken == data.len() {
+            return reply.written(size);
+        }
+        let (volume, rest) = (self.volume.clone(), data[taken..].to_vec());
+        let offset = offset + taken as u64;
+        let job = move |_: &mut Vec<u8>| match volume.device.write_all_at(&rest, offset) {
+            Ok(()) => reply.written(size),
+            Err(failure) => reply.error(volume.failed("write", offset, rest.len(), &failure)),
         };
         self.handlers.run(Box::new(job));
     }

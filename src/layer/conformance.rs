@@ -73,6 +73,10 @@ pub(crate) fn check(device: &dyn Device, steps: &[Step]) -> Result<(), TestCaseE
             Step::Read { at, units } => {
                 let range = fold(at, units);
                 let mut buf = vec![0x55; range.len()];
+                match device.read_at_once(&mut buf, range.start as u64) {
+                    true => prop_assert!(buf == model[range.clone()], "at once: {:?}", step),
+                    false => prop_assert!(buf.iter().all(|byte| *byte == 0x55)),
+                }
                 let read = device.read_exact_at(&mut buf, range.start as u64);
                 read.map_err(failed)?;
                 prop_assert!(buf == model[range], "{:?}", step);
@@ -82,7 +86,12 @@ pub(crate) fn check(device: &dyn Device, steps: &[Step]) -> Result<(), TestCaseE
                 for (i, byte) in model[range.clone()].iter_mut().enumerate() {
                     *byte = seed.wrapping_mul(i as u8 | 1).wrapping_add((i >> 8) as u8);
                 }
-                let write = device.write_all_at(&model[range.clone()], range.start as u64);
+                let data = &model[range.clone()];
+                let taken = match seed % 2 {
+                    0 => device.write_at_once(data, range.start as u64),
+                    _ => 0,
+                };
+                let write = device.write_all_at(&data[taken..], (range.start + taken) as u64);
                 write.map_err(failed)?;
             }
             Step::Zero { at, units } => {
@@ -126,6 +135,8 @@ fn refuse(device: &dyn Device, beyond: u64) -> Result<(), TestCaseError> {
     for offset in [after_end, device.size(), u64::MAX - (unit as u64 - 1)] {
         expect(device.read_exact_at(&mut buf, offset), Kind::Usage)?;
         expect(device.write_all_at(&buf, offset), Kind::Usage)?;
+        prop_assert!(!device.read_at_once(&mut buf, offset));
+        prop_assert_eq!(device.write_at_once(&buf, offset), 0);
     }
     if unit > 1 && device.size() >= unit as u64 {
         let part = &mut buf[..unit / 2];

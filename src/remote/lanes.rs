@@ -600,9 +600,9 @@ impl Shared {
         let bytes = carried.sent + carried.received;
         let took = last.0.elapsed();
         let moved = bytes.saturating_sub(last.1);
-        if full && took >= LOOK_EVERY / 2 {
+        if took >= LOOK_EVERY / 2 {
             let rate = (moved as f64 / took.as_secs_f64()) as u64;
-            state.bytes_per_second = (state.bytes_per_second * 7 + rate) / 8;
+            state.bytes_per_second = rate_after(state.bytes_per_second, rate, full);
         }
         if took >= LOOK_EVERY / 2 {
             *last = (Instant::now(), bytes);
@@ -730,6 +730,17 @@ impl Shared {
     }
 }
 
+/// What a link carries, where `known` was thought and `seen` went through. Who is seen to carry more
+/// than was thought can do that, whether or not it was full: readers ask for as much ahead as the link
+/// is thought to carry, so it would never be full again. Less counts only when nobody held back.
+fn rate_after(known: u64, seen: u64, full: bool) -> u64 {
+    match (seen > known, full) {
+        (true, _) => known + (seen - known) / 2,
+        (false, true) => known - (known - seen) / 8,
+        (false, false) => known,
+    }
+}
+
 /// Doubled with every failure, and never quite the same, so that many clients of one server do
 /// not come back at once.
 fn pause_after(failures: u32) -> Duration {
@@ -740,4 +751,17 @@ fn pause_after(failures: u32) -> Duration {
         Err(_) => 1.0,
     };
     doubled.min(PAUSE_MAX).mul_f64(jitter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_is_no_longer_full_may_still_prove_faster() {
+        let thought = rate_after(40_000_000, 80_000_000, false);
+        assert!(thought > 40_000_000);
+        assert_eq!(rate_after(40_000_000, 10_000_000, false), 40_000_000);
+        assert!(rate_after(40_000_000, 10_000_000, true) < 40_000_000);
+    }
 }

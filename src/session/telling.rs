@@ -14,10 +14,8 @@ use crate::error::{Error, Result, Told};
 use crate::remote::{Link, Store};
 use crate::units::show_duration;
 
-/// How often figures are told.
+/// How often figures are told, and the cache hears of the link.
 const STATUS_EVERY: Duration = Duration::from_millis(250);
-/// How often the cache hears of the link.
-const TUNE_EVERY: Duration = Duration::from_secs(1);
 
 /// A thread that tells until it is stopped. It waits for nobody.
 pub(super) struct Telling {
@@ -37,7 +35,6 @@ impl Telling {
         let tell = move || {
             let mut told = None;
             let mut reported = Reported::Up;
-            let mut tuned = Instant::now();
             while !stopped.load(Ordering::Relaxed) {
                 thread::sleep(STATUS_EVERY);
                 let traffic = store.traffic();
@@ -53,11 +50,8 @@ impl Telling {
                     listeners.tell(&Report::Status(status));
                     told = Some(status);
                 }
-                if tuned.elapsed() >= TUNE_EVERY {
-                    tuned = Instant::now();
-                    if let Some(measured) = store.measured() {
-                        tune(measured.round_trip, measured.bytes_per_second);
-                    }
+                if let Some(measured) = store.measured() {
+                    tune(measured.round_trip, measured.bytes_per_second);
                 }
             }
         };

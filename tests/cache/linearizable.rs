@@ -129,8 +129,14 @@ fn stress(seed: u64, cache_bytes: u64, places: u64) -> Vec<Vec<Seen>> {
                 0 => cache.flush().expect("flushes"),
                 1..10 => {
                     bytes = value.to_le_bytes().repeat(bytes.len() / 8);
-                    cache.write_all_at(&bytes, at).expect("writes");
+                    let taken = match value % 2 {
+                        0 => cache.write_at_once(&bytes, at),
+                        _ => 0,
+                    };
+                    let rest = cache.write_all_at(&bytes[taken..], at + taken as u64);
+                    rest.expect("writes");
                 }
+                _ if value % 2 == 0 && cache.read_at_once(&mut bytes, at) => {}
                 _ => cache.read_exact_at(&mut bytes, at).expect("reads"),
             }
             let ended = tick();

@@ -139,6 +139,8 @@ fn closing_makes_durable_and_dropping_does_not() {
         closed.write_all_at(&[0], 0).unwrap_err().kind(),
         Kind::Usage
     );
+    assert!(!closed.read_at_once(&mut [0], 3), "though it is cached");
+    assert_eq!(closed.write_at_once(&[0], 3), 0);
     assert_eq!(cache_threads(), 0);
 
     let lazy = Settings {
@@ -152,6 +154,37 @@ fn closing_makes_durable_and_dropping_does_not() {
     drop(dropped);
     assert_eq!(below.count(Io::Write), writes);
     assert_eq!(cache_threads(), 0);
+}
+
+#[test]
+fn at_once_is_what_needs_no_waiting() {
+    let below = Below::new(4 * MIB, Duration::from_millis(200));
+    let cache = cache(&below, MIB);
+    let block = BLOCK as u64;
+    let mut found = [0; BLOCK];
+
+    assert!(!cache.read_at_once(&mut found, 0), "not here yet");
+    assert_eq!(cache.write_at_once(&[7; 100], 5), 0, "part of a block");
+    cache.read_exact_at(&mut found, 0).expect("readable");
+    assert!(cache.read_at_once(&mut found, 0));
+    assert_eq!(cache.write_at_once(&[7; 100], 5), 100);
+    assert!(cache.read_at_once(&mut found, 0));
+    assert_eq!(found[5..105], [7; 100]);
+
+    let fetches = below.count(Io::Read);
+    assert!(!cache.read_at_once(&mut [0; 2 * BLOCK], 300 * block));
+    assert_eq!(below.count(Io::Read), fetches, "asked for nothing");
+
+    // Half of the cache may be owed.
+    let data = vec![8; 1 << 20];
+    let taken = cache.write_at_once(&data, MIB);
+    assert!((BLOCK..data.len()).contains(&taken), "{taken}");
+    cache
+        .write_all_at(&data[taken..], MIB + taken as u64)
+        .expect("writable");
+    cache.close().expect("closes");
+    let state = below.state.lock().unwrap();
+    assert!(state.durable[MIB as usize..2 << 20] == data);
 }
 
 // ---- failures --------------------------------------------------------------------------------------
@@ -217,6 +250,7 @@ fn a_failed_inner_flush_is_final() {
         cache.write_all_at(&[1], 0).unwrap_err().kind(),
         Kind::TimedOut
     );
+    assert_eq!(cache.write_at_once(&[1], 0), 0);
     assert_eq!(below.count(Io::Flush), 1);
 }
 

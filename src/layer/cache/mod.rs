@@ -209,6 +209,13 @@ impl Cache {
         }
     }
 
+    /// As [`Cache::enter`], if that is possible now.
+    fn enter_at_once(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        let gate = self.shared.gate.try_read().ok()?;
+        self.shared.check_open().ok()?;
+        Some(gate)
+    }
+
     /// Holds off `discard`, `resize` and `close` while a request is served.
     fn enter(&self) -> Result<RwLockReadGuard<'_, ()>> {
         let gate = self.shared.gate.read();
@@ -254,6 +261,27 @@ impl Device for Cache {
         self.check_writable()?;
         check_range(self.caps(), self.size(), offset, data.len())?;
         self.shared.write(data, offset)
+    }
+
+    /// True when all of it is cached.
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
+        let gate = self.enter_at_once();
+        gate.is_some()
+            && check_range(self.caps(), self.size(), offset, buf.len()).is_ok()
+            && self.shared.read_at_once(buf, offset)
+    }
+
+    /// Takes blocks as long as there is room, and none of them has to be fetched first.
+    fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
+        let gate = self.enter_at_once();
+        let may = gate.is_some()
+            && self.check_writable().is_ok()
+            && check_range(self.caps(), self.size(), offset, data.len()).is_ok();
+        if may {
+            self.shared.write_at_once(data, offset)
+        } else {
+            0
+        }
     }
 
     fn flush(&self) -> Result<()> {

@@ -178,6 +178,25 @@ impl Shared {
         Ok(())
     }
 
+    /// Reads if all of it is here; else it does nothing.
+    pub fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
+        let mut want = Want::new(blocks_of(offset, buf.len()));
+        let mut guard = lock(&self.state);
+        let state = &mut *guard;
+        if !want.blocks.clone().all(|block| state.table.holds(block)) {
+            return false;
+        }
+        for block in want.blocks.clone() {
+            if let Read::Hit(frame) = state.table.read(block) {
+                let (inside, outside) = piece(block, offset, buf.len());
+                buf[outside].copy_from_slice(&state.frames.get(frame)[inside]);
+                state.stats.hits += 1;
+            }
+        }
+        self.read_ahead(state, &mut want);
+        true
+    }
+
     /// Waits for another thread's fetch. Its failure is passed on if it is the link's; if it is
     /// the data's, these may be another block's, so this one is then fetched alone.
     fn await_fetch<'a>(
@@ -326,22 +345,12 @@ impl Shared {
         let mut guard = lock(&self.state);
         let mut now = self.now();
         for block in blocks_of(offset, data.len()) {
-            let (inside, outside) = piece(block, offset, data.len());
-            let bytes = self.bytes_of(&(block..block + 1));
-            let whole = inside.len() as u64 == bytes.end - bytes.start;
             let mut want = Want::new(block..block + 1);
             loop {
                 check_failure(&guard)?;
                 let state = &mut *guard;
-                match state.table.write(block, whole, now) {
-                    Write::Into(frame) => {
-                        let frame = state.frames.get_mut(frame);
-                        if whole {
-                            frame[inside.end..].fill(0);
-                        }
-                        frame[inside].copy_from_slice(&data[outside]);
-                        break;
-                    }
+                match self.write_block(state, block, data, offset, now) {
+                    Write::Into(_) => break,
                     Write::Fetch => guard = self.fetch_missing(guard, &mut want, block)?,
                     Write::Wait => {
                         self.nudge(state);
@@ -359,6 +368,52 @@ impl Shared {
         }
         self.nudge(&guard);
         Ok(())
+    }
+
+    /// Writes up to the first block that has to wait; gives the bytes written.
+    pub fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
+        // Who waits for room was here before.
+        if self.turn.try_lock().is_err() {
+            return 0;
+        }
+        let mut guard = lock(&self.state);
+        let state = &mut *guard;
+        let now = self.now();
+        let mut written = 0;
+        for block in blocks_of(offset, data.len()) {
+            if state.failure.is_some() {
+                break;
+            }
+            let Write::Into(_) = self.write_block(state, block, data, offset, now) else {
+                break;
+            };
+            written = piece(block, offset, data.len()).1.end;
+        }
+        self.nudge(state);
+        written
+    }
+
+    /// Writes what a request has for one block, if the table lets it.
+    fn write_block(
+        &self,
+        state: &mut State,
+        block: u64,
+        data: &[u8],
+        offset: u64,
+        now: Duration,
+    ) -> Write {
+        let (inside, outside) = piece(block, offset, data.len());
+        let bytes = self.bytes_of(&(block..block + 1));
+        let whole = inside.len() as u64 == bytes.end - bytes.start;
+        let answer = state.table.write(block, whole, now);
+        if let Write::Into(frame) = answer {
+            let frame = state.frames.get_mut(frame);
+            if whole {
+                frame[inside.end..].fill(0);
+            }
+            frame[inside].copy_from_slice(&data[outside]);
+        }
+        answer
     }
 
     pub fn flush(&self) -> Result<()> {

@@ -199,6 +199,12 @@ impl Table {
         self.slots.find(block).is_some()
     }
 
+    /// Whether a read of the block finds its bytes.
+    pub fn holds(&self, block: u64) -> bool {
+        let state = self.slots.find(block).map(|(_, slot)| slot.state);
+        !matches!(state, None | Some(State::Fetching(_)))
+    }
+
     /// Whether a reader that was told to wait for this fetch still has to.
     pub fn is_fetching(&self, block: u64, fetch: FetchId) -> bool {
         let state = self.slots.find(block).map(|(_, slot)| slot.state);
