@@ -631,7 +631,7 @@ impl World {
                 match self.names.remove(from) {
                     Some(inode) => {
                         let replaced = self.names.insert(to.to_vec(), inode);
-                        if [*from, *to].contains(&IMAGE.as_bytes()) {
+                        if [from, to].contains(&IMAGE.as_bytes()) {
                             self.renamed.push(Renamed {
                                 from: from.to_vec(),
                                 to: to.to_vec(),
