@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::buffer::Buffer;
 use crate::error::{Error, Kind, Result};
 
 /// What flush means on a device.
@@ -53,6 +54,12 @@ pub trait Device: Send + Sync {
     /// Accepted when it returns, not yet durable.
     fn write_all_at(&self, data: &[u8], offset: u64) -> Result<()>;
 
+    /// As [`Device::write_all_at`], for who has no more use for the data: they need not be copied, and
+    /// may be changed where they are.
+    fn write_buffer_at(&self, data: Buffer, offset: u64) -> Result<()> {
+        self.write_all_at(&data, offset)
+    }
+
     /// Fills `buf` if that needs no waiting; else it does nothing, and [`Device::read_exact_at`] is
     /// for it. Only a device with a memory of its own can.
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
@@ -90,6 +97,9 @@ impl<D: Device + ?Sized> Device for Arc<D> {
     }
     fn write_all_at(&self, data: &[u8], offset: u64) -> Result<()> {
         (**self).write_all_at(data, offset)
+    }
+    fn write_buffer_at(&self, data: Buffer, offset: u64) -> Result<()> {
+        (**self).write_buffer_at(data, offset)
     }
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
         (**self).read_at_once(buf, offset)

@@ -3,6 +3,7 @@
 //! Five floors; a module uses only floors below its own (`tests/architecture.rs` has the table).
 
 // Floor 0: words.
+pub mod buffer; //   bytes that are handed on instead of copied
 pub mod device; //   a run of bytes that can be read and written at any offset
 pub mod error; //    what was attempted, on what, why it failed, what to do
 pub mod location; // where an image is

@@ -12,7 +12,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("secret", &["error"]),
     ("progress", &[]),
     ("location", &[]),
-    ("device", &["error"]),
+    ("buffer", &[]),
+    ("device", &["error", "buffer"]),
     // floor 1
     ("xts", &["secret"]),
     ("luks", &["error", "units", "secret", "xts"]),
@@ -25,10 +26,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "remote",
         &[
-            "error", "units", "progress", "location", "device", "luks", "sftp", "link",
+            "error", "units", "progress", "location", "buffer", "device", "luks", "sftp", "link",
         ],
     ),
-    ("layer", &["error", "units", "device", "xts"]),
+    ("layer", &["error", "units", "buffer", "device", "xts"]),
     ("export", &["error", "device", "host"]),
     // floor 3
     (

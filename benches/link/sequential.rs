@@ -16,7 +16,7 @@ use crate::work::{MIB, Work};
 /// A loop device has several requests in flight.
 const VOLUME_DEPTH: usize = 4;
 /// What the cache sends at once, in requests of 1 MiB.
-const ENGINE_DEPTH: usize = 16;
+const ENGINE_DEPTH: usize = 24;
 
 pub const READ: &str = "sequential read";
 pub const WRITE: &str = "sequential write";

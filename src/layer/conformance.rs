@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
+use crate::buffer::Buffer;
 use crate::device::{Device, Discard};
 use crate::error::{Kind, Result};
 
@@ -87,11 +88,15 @@ pub(crate) fn check(device: &dyn Device, steps: &[Step]) -> Result<(), TestCaseE
                     *byte = seed.wrapping_mul(i as u8 | 1).wrapping_add((i >> 8) as u8);
                 }
                 let data = &model[range.clone()];
-                let taken = match seed % 2 {
-                    0 => device.write_at_once(data, range.start as u64),
-                    _ => 0,
+                let offset = range.start as u64;
+                let write = match seed % 3 {
+                    0 => {
+                        let taken = device.write_at_once(data, offset);
+                        device.write_all_at(&data[taken..], offset + taken as u64)
+                    }
+                    1 => device.write_buffer_at(Buffer::from(data), offset),
+                    _ => device.write_all_at(data, offset),
                 };
-                let write = device.write_all_at(&data[taken..], (range.start + taken) as u64);
                 write.map_err(failed)?;
             }
             Step::Zero { at, units } => {

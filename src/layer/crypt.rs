@@ -11,6 +11,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::buffer::Buffer;
 use crate::device::{Caps, Device, check_range};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::xts::{Key, NotWholeSectors, SectorSize, Tweak};
@@ -18,8 +19,8 @@ use crate::xts::{Key, NotWholeSectors, SectorSize, Tweak};
 /// Ciphertext that one write holds. Longer writes go down in pieces of this many
 /// bytes, a multiple of every sector size and long enough for several processors.
 const SCRATCH_MAX: usize = 4 << 20;
-/// So many buffers are kept, of at most so many bytes: 16 MiB, what the cache has in flight.
-const SCRATCHES_KEPT: usize = 16;
+/// So many buffers are kept, of at most so many bytes, for who writes without a cache.
+const SCRATCHES_KEPT: usize = 4;
 const SCRATCH_KEPT_MAX: usize = 1 << 20;
 
 /// A LUKS2 segment of type `crypt`: where the ciphertext lies and how its sectors are numbered.
@@ -165,6 +166,21 @@ impl Device for Crypt {
             at += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Encrypts the data where they are.
+    fn write_buffer_at(&self, mut data: Buffer, offset: u64) -> Result<()> {
+        let len = data.len();
+        check_range(self.caps(), self.size(), offset, len)?;
+        let tweak = self.tweak(offset);
+        self.key
+            .encrypt(self.segment.sector_size, tweak, &mut data)
+            .map_err(Error::from)
+            .and_then(|()| {
+                self.inner
+                    .write_buffer_at(data, self.segment.offset + offset)
+            })
+            .attempt(|| format!("write {len} bytes at offset {offset} of the volume"))
     }
 
     fn flush(&self) -> Result<()> {

@@ -22,6 +22,7 @@ use super::Traffic;
 pub use super::packets::Chunk;
 use super::packets::{Broken, Outgoing, Sender, read_packet};
 use super::verdict::refusal;
+use crate::buffer::Buffer;
 use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::link::{Handle, Stream};
 use crate::sftp::frame::{self, NotALength};
@@ -291,7 +292,7 @@ impl Engine {
     ) -> Result<()> {
         let data = match request {
             Request::Write { data, .. } => Some(Chunk {
-                bytes: Arc::new(data.to_vec()),
+                bytes: Arc::new(Buffer::from(*data)),
                 range: 0..data.len(),
             }),
             _ => None,

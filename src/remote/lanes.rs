@@ -26,9 +26,9 @@ use crate::error::{Attempt, Error, Kind, Result, Told};
 use crate::link::{Dial, Occasion};
 use crate::units::{KIB, MIB, show_duration};
 
-/// What one session may have under way, in bytes: OpenSSH lets a channel carry so much per round
-/// trip, and what is beyond it only waits.
-const WINDOW: usize = 2 * MIB as usize;
+/// What one session may have under way, in bytes. OpenSSH lets a channel carry 2 MiB per round trip; as
+/// parts of what is under way have arrived, more has to be asked for to keep it full.
+const WINDOW: usize = 3 * MIB as usize;
 
 /// Reads up to this length take the fast lane.
 const SMALL: usize = 64 * KIB as usize;

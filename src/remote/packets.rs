@@ -4,6 +4,7 @@ use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::buffer::Buffer;
 use crate::sftp::Violation;
 use crate::sftp::frame::{self, NotALength};
 use crate::units::KIB;
@@ -17,7 +18,7 @@ const SENT_IN_PLACE: usize = 16 * KIB as usize;
 /// Part of a buffer that callers, queue and writer share.
 #[derive(Clone, Debug)]
 pub struct Chunk {
-    pub bytes: Arc<Vec<u8>>,
+    pub bytes: Arc<Buffer>,
     pub range: Range<usize>,
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, mpsc};
 
 use super::engine::{Chunk, Engine};
 use super::verdict::{done, refusal};
+use crate::buffer::Buffer;
 use crate::error::{Error, Kind, Result};
 use crate::sftp::{Code, Reply, Request};
 
@@ -103,7 +104,7 @@ fn ends_early(at: u64) -> Error {
 pub fn write_all_at(engine: &Engine, handle: &[u8], data: &[u8], offset: u64) -> Result<()> {
     let data = Chunk {
         range: 0..data.len(),
-        bytes: Arc::new(data.to_vec()),
+        bytes: Arc::new(Buffer::from(data)),
     };
     write_chunk(engine, handle, &data, offset)
 }

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::packets::Chunk;
+use crate::buffer::Buffer;
 
 /// When a write was sent and answered, by the counter.
 #[derive(Clone, Copy, Debug)]
@@ -302,7 +303,7 @@ fn compact(data: Chunk) -> Chunk {
         return data;
     }
     Chunk {
-        bytes: Arc::new(data.as_slice().to_vec()),
+        bytes: Arc::new(Buffer::from(data.as_slice())),
         range: 0..len,
     }
 }
@@ -319,7 +320,7 @@ mod tests {
 
     fn slice(bytes: &[u8]) -> Chunk {
         Chunk {
-            bytes: Arc::new(bytes.to_vec()),
+            bytes: Arc::new(Buffer::from(bytes)),
             range: 0..bytes.len(),
         }
     }

@@ -390,6 +390,34 @@ fn reads_wait_for_the_link_and_then_succeed() {
 }
 
 #[test]
+fn a_write_that_waits_for_the_link_costs_no_processor_time() {
+    let model = Model::new(SIZE);
+    let (_store, device) = open(&model, bounds(1));
+    model.refuse_dials(Duration::from_secs(8));
+    model.end_all();
+    thread::scope(|scope| {
+        let write = scope.spawn(|| told(device.write_all_at(&[7; 4096], 0)));
+        // Until what is old would be flushed.
+        thread::sleep(Duration::from_secs(6));
+        let before = processor_time();
+        thread::sleep(Duration::from_secs(1));
+        let spent = processor_time() - before;
+        assert!(!write.is_finished(), "the link is down");
+        assert!(spent < Duration::from_millis(300), "{spent:?} of a second");
+    });
+    told(device.flush());
+}
+
+/// Of this process, user and system (proc(5); USER_HZ is 100).
+fn processor_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("proc");
+    let (_, after_name) = stat.rsplit_once(") ").expect("a name");
+    let ticks = after_name.split(' ').skip(11).take(2);
+    let ticks = ticks.map(|field| field.parse::<u64>().expect("a number"));
+    Duration::from_millis(ticks.sum::<u64>() * 10)
+}
+
+#[test]
 fn after_the_deadline_everybody_is_told_and_nothing_is_tried_any_more() {
     let model = Model::new(SIZE);
     let bounds = Bounds {

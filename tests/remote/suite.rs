@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Barrier};
 use std::thread;
 
+use e2ebak::buffer::Buffer;
 use e2ebak::error::Kind;
 use e2ebak::remote::{Access, SIDE_MAX};
 
@@ -37,11 +38,17 @@ pub fn what_is_written_is_read_whatever_its_size_and_place(rig: &Rig) {
         (3, 0),
     ];
     for (seed, (offset, len)) in cases.into_iter().enumerate() {
-        let data = pattern(len, seed as u64);
-        device.write_all_at(&data, offset).expect("writes");
-        let mut back = vec![0; len];
-        device.read_exact_at(&mut back, offset).expect("reads");
-        assert!(back == data, "{len} bytes at {offset}");
+        for seed in [seed as u64 + 100, seed as u64] {
+            let data = pattern(len, seed);
+            let written = match seed {
+                100.. => device.write_buffer_at(Buffer::from(&data[..]), offset),
+                _ => device.write_all_at(&data, offset),
+            };
+            written.expect("writes");
+            let mut back = vec![0; len];
+            device.read_exact_at(&mut back, offset).expect("reads");
+            assert!(back == data, "{len} bytes at {offset}");
+        }
     }
     device.flush().expect("syncs");
     // The file itself has them, in their places.

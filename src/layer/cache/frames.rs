@@ -1,4 +1,4 @@
-//! The bytes of the cached blocks, and the buffers that carry them to and from the inner device.
+//! The bytes of the cached blocks, and the buffers that carry them here from the inner device.
 //! Memory is taken as it is used, a chunk at a time, and kept.
 
 use super::table::Frame;
@@ -7,7 +7,7 @@ use super::{BLOCK, RUN};
 const FRAMES_PER_CHUNK: usize = 256;
 
 /// Buffers kept for reuse; those beyond it, when many threads read at once, are given back.
-const SPARE_MAX: usize = 16;
+const SPARE_MAX: usize = 32;
 
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
@@ -45,9 +45,9 @@ impl Frames {
     }
 }
 
-/// Buffers for I/O, the large ones kept for reuse.
+/// Buffers for what is fetched, the large ones kept for reuse.
 #[derive(Default)]
-pub struct Buffers {
+pub struct Incoming {
     /// Of one run each.
     spare: Vec<Box<[u8]>>,
 }
@@ -57,7 +57,7 @@ const RUN_BYTES: usize = RUN as usize * BLOCK;
 /// Up to here a buffer is cheaper made than kept.
 const SMALL_BYTES: usize = 64 << 10;
 
-impl Buffers {
+impl Incoming {
     /// At least this many bytes; at most one run.
     pub fn take(&mut self, length: usize) -> Box<[u8]> {
         if length <= SMALL_BYTES {

@@ -20,7 +20,7 @@
 //!   its neighbours is first tried without them. A failed write or inner flush is final: from then
 //!   on every write and flush returns it, and what is cached can still be read.
 //! - **Memory** is [`Settings::size_bytes`], taken as it is used, plus a buffer for each I/O in
-//!   flight, plus some 100 bytes a block: 160 MB in all with the default and everything busy.
+//!   flight, which for writes lives until the inner device lets go of it, plus some 100 bytes a block.
 
 mod frames;
 pub mod readahead;
@@ -55,8 +55,8 @@ pub const SIZE_MIN_BYTES: u64 = 128 * KIB;
 /// Above this many dirty bytes writing back starts at once: four full runs.
 pub const LOW_MARK: u64 = 4 * MIB;
 
-/// Bytes being written at once: what fills eight SSH channels of 2 MiB each.
-pub const SENDING_MAX: u64 = 16 * MIB;
+/// Bytes being written at once: what keeps eight SSH channels of 2 MiB each full.
+pub const SENDING_MAX: u64 = 24 * MIB;
 
 /// Threads. A device call blocks, so this is also how many requests overlap: small scattered
 /// writes need far more of them than full runs do, and those stop at [`SENDING_MAX`].

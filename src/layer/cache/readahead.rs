@@ -48,8 +48,9 @@ impl Default for Parameters {
 impl Parameters {
     /// For a link with this round trip and these bytes per second (0: not known).
     ///
-    /// A fetch is longest where its transfer takes as long as a round trip. A stream is led by two
-    /// round trips' worth, so that it never runs dry while the next replies are on their way.
+    /// A fetch is longest where its transfer takes as long as a round trip. A stream is led by four
+    /// round trips' worth: it never runs dry while the next replies are on their way, and a link that
+    /// can do more than it was seen to do is asked for more.
     pub fn for_link(round_trip: Duration, bytes_per_second: u64) -> Parameters {
         let usual = Parameters::default();
         if bytes_per_second == 0 {
@@ -61,7 +62,7 @@ impl Parameters {
             window_max: blocks
                 .next_power_of_two()
                 .clamp(4 * usual.window_min, usual.window_max),
-            lead_max: (2 * blocks).clamp(LEAD_LEAST, LEAD_MOST),
+            lead_max: (4 * blocks).clamp(LEAD_LEAST, LEAD_MOST),
             ..usual
         }
     }

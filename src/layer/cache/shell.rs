@@ -6,16 +6,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use super::frames::{Buffers, Frames};
+use super::frames::{Frames, Incoming};
 use super::readahead::{Parameters, Readahead};
 use super::table::{Fetch, FetchId, Flush, Limits, Read, Table, Write};
 use super::{BLOCK, SENDERS_MAX, Settings, Stats, lock};
+use crate::buffer::Buffers;
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result, Told};
 
 pub struct Shared {
     pub inner: Arc<dyn Device>,
     pub state: Mutex<State>,
+    /// Of what is written back.
+    pub outgoing: Buffers,
     /// Workers wait here.
     pub work: Condvar,
     /// Everybody else waits here, for any I/O to end.
@@ -33,7 +36,7 @@ pub struct Shared {
 pub struct State {
     pub table: Table,
     pub frames: Frames,
-    pub buffers: Buffers,
+    pub incoming: Incoming,
     pub readahead: Readahead,
     /// Fetches for the workers. As each holds a frame for every block, frames are its bound.
     pub queue: VecDeque<Fetch>,
@@ -106,7 +109,7 @@ impl Shared {
             state: Mutex::new(State {
                 table: Table::new(limits),
                 frames: Frames::default(),
-                buffers: Buffers::default(),
+                incoming: Incoming::default(),
                 readahead: Readahead::new(settings.readahead),
                 queue: VecDeque::new(),
                 waiting: HashMap::new(),
@@ -118,6 +121,7 @@ impl Shared {
                 senders: 0,
                 waiters: 0,
             }),
+            outgoing: Buffers::default(),
             work: Condvar::new(),
             changed: Condvar::new(),
             turn: Mutex::new(()),
@@ -295,7 +299,7 @@ impl Shared {
     pub fn fetch<'a>(&'a self, mut guard: Guard<'a>, fetch: Fetch) -> (Guard<'a>, Result<()>) {
         let blocks = fetch.blocks();
         let length = (blocks.end - blocks.start) as usize * BLOCK;
-        let mut buffer = guard.buffers.take(length);
+        let mut buffer = guard.incoming.take(length);
         drop(guard);
 
         let bytes = self.bytes_of(&blocks);
@@ -326,7 +330,7 @@ impl Shared {
                 state.table.fetch_failed(fetch);
             }
         }
-        state.buffers.give(buffer);
+        state.incoming.give(buffer);
         self.tell_waiters(state);
         self.nudge(state);
         (guard, result)

@@ -46,21 +46,20 @@ pub fn run(shared: &Shared) {
 fn send<'a>(shared: &'a Shared, mut guard: Guard<'a>, run: WriteBack) -> Guard<'a> {
     let state = &mut *guard;
     let blocks = run.blocks();
-    let length = (blocks.end - blocks.start) as usize * BLOCK;
-    let mut buffer = state.buffers.take(length);
-    for (block, into) in blocks.clone().zip(buffer.chunks_exact_mut(BLOCK)) {
+    let bytes = shared.bytes_of(&blocks);
+    let mut buffer = shared.outgoing.take((bytes.end - bytes.start) as usize);
+    for (block, into) in blocks.clone().zip(buffer.chunks_mut(BLOCK)) {
         if let Some(frame) = state.table.frame_of(block) {
-            into.copy_from_slice(state.frames.get(frame));
+            // The last block may reach beyond the device.
+            into.copy_from_slice(&state.frames.get(frame)[..into.len()]);
         }
     }
     state.senders += 1;
     shared.nudge(state);
     drop(guard);
 
-    let bytes = shared.bytes_of(&blocks);
-    let data = &buffer[..(bytes.end - bytes.start) as usize];
-    tracing::trace!(offset = bytes.start, length = data.len(), "write back");
-    let result = shared.inner.write_all_at(data, bytes.start);
+    tracing::trace!(offset = bytes.start, length = buffer.len(), "write back");
+    let result = shared.inner.write_buffer_at(buffer, bytes.start);
 
     let mut guard = lock(&shared.state);
     let state = &mut *guard;
@@ -76,7 +75,6 @@ fn send<'a>(shared: &'a Shared, mut guard: Guard<'a>, run: WriteBack) -> Guard<'
             state.fail(&error, "write to the device under the cache");
         }
     }
-    state.buffers.give(buffer);
     shared.tell_waiters(state);
     guard
 }

@@ -267,9 +267,11 @@ impl Shared {
             let old = kept
                 .since
                 .is_some_and(|since| since.elapsed() >= FLUSH_AFTER);
-            let much = kept.log.bytes() >= FLUSH_ABOVE && kept.log.oldest().is_some();
+            let much = kept.log.bytes() >= FLUSH_ABOVE;
+            // What is only on its way cannot be synced yet.
+            let answered = kept.log.oldest().is_some();
             let may = Instant::now() >= not_before && self.lanes.over().is_none();
-            if (old || much) && may {
+            if (old || much) && answered && may {
                 drop(kept);
                 if let Err(error) = self.flush() {
                     // Whoever flushes next hears of it, or of what comes of it.

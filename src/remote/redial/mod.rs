@@ -22,6 +22,7 @@ use super::lanes::{self, Errand, Lanes, Proof, Session};
 use super::packets::Chunk;
 use super::unsynced::{Unsynced, lay_over};
 use super::{transfer, verdict};
+use crate::buffer::Buffer;
 use crate::device::{Caps, Device, Discard, Durability, check_range};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::location::RemotePath;
@@ -32,8 +33,8 @@ use crate::units::MIB;
 /// Above so many kept bytes a flush is begun.
 const FLUSH_ABOVE: u64 = 32 * MIB;
 
-/// Writers wait while so much is kept.
-const KEPT_MAX: u64 = 64 * MIB;
+/// Writers wait while so much is kept: what is on its way, and what two flushes let go of.
+const KEPT_MAX: u64 = 96 * MIB;
 
 /// The longest write that is kept as one.
 const PIECE: usize = 4 * MIB as usize;
@@ -154,6 +155,26 @@ impl Redial {
     /// written since over such places is stored for good. `tell` hears how long that will take.
     pub fn settle(&self, tell: &dyn Fn(Duration)) -> Result<()> {
         self.shared.settle(tell)
+    }
+}
+
+impl Redial {
+    fn write_checked(
+        &self,
+        len: usize,
+        offset: u64,
+        write: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        self.shared.check_writable()?;
+        check_range(self.caps(), self.size(), offset, len)
+            .and_then(|()| write())
+            .map_err(|error| self.shared.look_for_room(error))
+            .attempt(|| {
+                format!(
+                    "write {len} bytes at offset {offset} of {}",
+                    self.shared.name
+                )
+            })
     }
 }
 
@@ -289,15 +310,16 @@ impl Shared {
         let mut at = offset;
         for piece in data.chunks(PIECE) {
             // A buffer for each: a flush lets go of them one by one.
-            let piece = Chunk {
-                bytes: Arc::new(piece.to_vec()),
-                range: 0..piece.len(),
-            };
-            let len = piece.range.len() as u64;
-            self.write_piece(piece, at)?;
-            at += len;
+            self.write_buffer(Buffer::from(piece), at)?;
+            at += piece.len() as u64;
         }
         Ok(())
+    }
+
+    fn write_buffer(&self, data: Buffer, offset: u64) -> Result<()> {
+        let range = 0..data.len();
+        let bytes = Arc::new(data);
+        self.write_piece(Chunk { bytes, range }, offset)
     }
 
     fn write_piece(&self, data: Chunk, offset: u64) -> Result<()> {
@@ -447,17 +469,16 @@ impl Device for Redial {
     }
 
     fn write_all_at(&self, data: &[u8], offset: u64) -> Result<()> {
-        self.shared.check_writable()?;
+        self.write_checked(data.len(), offset, || self.shared.write(data, offset))
+    }
+
+    /// Keeps the buffer until a flush covers it.
+    fn write_buffer_at(&self, data: Buffer, offset: u64) -> Result<()> {
+        if data.is_empty() || data.len() > PIECE {
+            return self.write_all_at(&data, offset);
+        }
         let len = data.len();
-        check_range(self.caps(), self.size(), offset, len)
-            .and_then(|()| self.shared.write(data, offset))
-            .map_err(|error| self.shared.look_for_room(error))
-            .attempt(|| {
-                format!(
-                    "write {len} bytes at offset {offset} of {}",
-                    self.shared.name
-                )
-            })
+        self.write_checked(len, offset, || self.shared.write_buffer(data, offset))
     }
 
     fn flush(&self) -> Result<()> {
