@@ -95,7 +95,7 @@ fn fio_reads_what_it_wrote_to_the_exported_file() {
     let mounted = |work: &dyn Fn(&str)| {
         // Far less than is written.
         let device = image.open(Access::ReadWrite).expect("opens");
-        let cache = Arc::new(cached(device, 2 * MIB));
+        let cache = Arc::new(cached(device, 4096, 2 * MIB));
         let export = Export::mount(cache.clone(), &directory, Options::default());
         let export = export.unwrap_or_else(|e| panic!("{}", e.report()));
         work(&format!("--filename={}", export.file().display()));

@@ -146,7 +146,7 @@ pub trait Store: Send + Sync {
     }
 
     /// Gives the file with the suffix `from` the name with the suffix `to` (none is the image
-    /// itself), in place of what has that name.
+    /// itself), in place of what has that name. When this returns the name is on stable storage.
     ///
     /// [`Kind::NotFound`] when there is no such file. On a server that cannot rename over a file,
     /// neither has the name for a moment.

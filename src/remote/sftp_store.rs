@@ -212,12 +212,18 @@ impl Beside<'_> {
         let (from, to) = (from_path.as_str().as_bytes(), to_path.as_str().as_bytes());
         if self.files.has(Extension::PosixRename) {
             let rename = Extended::PosixRename { from, to };
-            return self.files.demand(&Request::Extended(rename));
+            self.files.demand(&Request::Extended(rename))?;
+        } else {
+            // Version 3 renames over nothing.
+            self.files.stat(from_path.as_str())?;
+            self.files.remove_if_there(to_path.as_str())?;
+            self.files.demand(&Request::Rename { from, to })?;
         }
-        // Version 3 renames over nothing.
-        self.files.stat(from_path.as_str())?;
-        self.files.remove_if_there(to_path.as_str())?;
-        self.files.demand(&Request::Rename { from, to })
+        // SFTP syncs no directory. The filesystems of servers keep the name with a file that is synced.
+        let both = OpenFlags::READ | OpenFlags::WRITE;
+        let renamed = self.files.open(to_path.as_str(), both)?;
+        renamed.sync()?;
+        renamed.close()
     }
 
     fn replace_side_file(self, suffix: &str, content: &[u8]) -> Result<()> {

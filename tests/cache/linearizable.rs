@@ -4,7 +4,8 @@
 //! Every write has a number of its own, so that a read tells which write it has seen. The judgement is
 //! that of Gibbons and Korach for registers whose values are unique ("Testing shared memories", 1997):
 //! all requests that saw or wrote one value have to fit between two moments, and those zones may
-//! neither overlap nor contain one another where both reach forward.
+//! neither overlap nor contain one another where both reach forward. After a flush the device below is
+//! looked at, too: it may be ahead of that flush, not behind.
 //!
 //! `E2EBAK_STRESS_SEED` repeats the choices of a run, `E2EBAK_STRESS_ROUNDS` makes it longer. What the
 //! scheduler does, no seed repeats.
@@ -25,6 +26,8 @@ use crate::below::{KIB, Random};
 
 /// Four in a block: most writes change a part of one, which has to be fetched first.
 const PLACE: usize = 1024;
+/// Places that half of all requests begin at.
+const FOUGHT_FOR: u64 = 8;
 const THREADS: u64 = 8;
 const OPERATIONS: u64 = 1200;
 
@@ -93,9 +96,55 @@ fn judge(requests: &[Seen]) -> Result<(), String> {
     Ok(())
 }
 
+/// What the device below held at one place after a flush, and when the flush began.
+#[derive(Clone, Copy, Debug)]
+struct Below {
+    value: u64,
+    begun: u64,
+}
+
+/// Whether the device held what was written before the flush, or something newer.
+fn judge_below(requests: &[Seen], below: &[Below]) -> Result<(), String> {
+    let writes: Vec<&Seen> = requests.iter().filter(|s| s.is_write).collect();
+    let ended: HashMap<u64, u64> = writes.iter().map(|w| (w.value, w.ended)).collect();
+    for held in below {
+        let ended = match held.value {
+            0 => 0,
+            value => *ended.get(&value).ok_or("nobody wrote that")?,
+        };
+        let newer = |write: &&&Seen| ended < write.begun && write.ended < held.begun;
+        if let Some(missing) = writes.iter().find(newer) {
+            return Err(format!("{held:?} below: {missing:?} was flushed"));
+        }
+    }
+    Ok(())
+}
+
+/// What one place has seen.
+#[derive(Clone, Default)]
+struct Place {
+    requests: Vec<Seen>,
+    below: Vec<Below>,
+}
+
+/// What the first places of the device hold.
+fn values(device: &Memory, places: u64) -> Vec<u64> {
+    let mut bytes = vec![0; places as usize * PLACE];
+    device.read_exact_at(&mut bytes, 0).expect("reads");
+    bytes.chunks(PLACE).map(value_of).collect()
+}
+
+/// The number that fills a place.
+fn value_of(place: &[u8]) -> u64 {
+    let (words, _) = place.as_chunks::<8>();
+    assert!(words.iter().all(|word| *word == words[0]), "torn");
+    u64::from_le_bytes(words[0])
+}
+
 /// A run; gives what each place has seen.
-fn stress(seed: u64, cache_bytes: u64, places: u64) -> Vec<Vec<Seen>> {
-    let device = Faulty::new(Arc::new(Memory::new(places * PLACE as u64)));
+fn stress(seed: u64, cache_bytes: u64, places: u64) -> Vec<Place> {
+    let memory = Arc::new(Memory::new(places * PLACE as u64));
+    let device = Faulty::new(memory.clone());
     device.faults().delay(Duration::from_micros(150), seed);
     let settings = Settings {
         size_bytes: cache_bytes,
@@ -111,12 +160,12 @@ fn stress(seed: u64, cache_bytes: u64, places: u64) -> Vec<Vec<Seen>> {
     let tick = || clock.fetch_add(1, Ordering::SeqCst);
     let work = |thread: u64| {
         let mut random = Random(seed.wrapping_mul(THREADS) + thread + 1);
-        let mut seen = Vec::new();
+        let (mut seen, mut below) = (Vec::new(), Vec::new());
         barrier.wait();
         for _ in 0..OPERATIONS {
             // A few that all fight for, and all others.
             let first = match random.below(2) {
-                0 => random.below(8),
+                0 => random.below(FOUGHT_FOR),
                 _ => random.below(places),
             };
             let count = 1 + random.below(6).min(places - first - 1);
@@ -141,15 +190,15 @@ fn stress(seed: u64, cache_bytes: u64, places: u64) -> Vec<Vec<Seen>> {
             }
             let ended = tick();
             if what == 0 {
+                for (place, value) in values(&memory, FOUGHT_FOR).into_iter().enumerate() {
+                    below.push((place, Below { value, begun }));
+                }
                 continue;
             }
             for (place, bytes) in (first..).zip(bytes.chunks(PLACE)) {
-                let (words, _) = bytes.as_chunks::<8>();
-                assert!(words.iter().all(|word| *word == words[0]), "torn");
-                let value = u64::from_le_bytes(words[0]);
                 let is_write = what < 10;
                 let request = Seen {
-                    value,
+                    value: value_of(bytes),
                     begun,
                     ended,
                     is_write,
@@ -157,20 +206,28 @@ fn stress(seed: u64, cache_bytes: u64, places: u64) -> Vec<Vec<Seen>> {
                 seen.push((place as usize, request));
             }
         }
-        seen
+        (seen, below)
     };
-    let mut all = vec![Vec::new(); places as usize];
+    let mut all = vec![Place::default(); places as usize];
     thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS)
             .map(|thread| scope.spawn(move || work(thread)))
             .collect();
         for thread in threads {
-            for (place, request) in thread.join().expect("no panic") {
-                all[place].push(request);
+            let (seen, below) = thread.join().expect("no panic");
+            for (place, request) in seen {
+                all[place].requests.push(request);
+            }
+            for (place, held) in below {
+                all[place].below.push(held);
             }
         }
     });
+    let begun = tick();
     cache.close().expect("closes");
+    for (place, value) in all.iter_mut().zip(values(&memory, places)) {
+        place.below.push(Below { value, begun });
+    }
     all
 }
 
@@ -186,10 +243,12 @@ fn every_place_is_read_and_written_as_if_one_after_the_other() {
         // Far smaller than the device, and larger.
         for (cache, places) in [(128 * KIB, 1024), (1024 * KIB, 64)] {
             let all = stress(seed + round, cache, places);
-            let busiest = all.iter().map(Vec::len).max().unwrap_or(0);
+            let busiest = all.iter().map(|place| place.requests.len()).max();
+            let busiest = busiest.unwrap_or(0);
             assert!(busiest > 500, "no place was fought for: {busiest}");
-            for (place, requests) in all.iter().enumerate() {
-                let judged = judge(requests);
+            for (place, seen) in all.iter().enumerate() {
+                let below = || judge_below(&seen.requests, &seen.below);
+                let judged = judge(&seen.requests).and_then(|()| below());
                 assert_eq!(judged, Ok(()), "place {place}, seed {}", seed + round);
             }
         }
@@ -251,4 +310,8 @@ fn what_fits_no_order_is_found_out() {
     for requests in misfits {
         assert!(judge(&requests).is_err(), "{requests:?}");
     }
+    let requests = [request(write, 1, 1, 2), request(write, 2, 3, 5)];
+    let below = |value, begun| judge_below(&requests, &[Below { value, begun }]);
+    assert_eq!((below(1, 4), below(2, 4)), (Ok(()), Ok(())));
+    assert!(below(1, 6).is_err() && below(0, 4).is_err() && below(7, 9).is_err());
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::common::PASSPHRASE;
 use super::history::{Event, History, Walk};
-use super::jobs::Recording;
+use super::jobs::{Recording, TRIMMED, TRIMMING};
 use super::judge::{Judge, Promised, Published, Verdict};
 use super::random::Random;
 
@@ -17,6 +17,8 @@ use super::random::Random;
 const RECENT: usize = 400;
 /// Choices that are tried until one leaves an image that was not judged yet.
 const CHOICES: u64 = 8;
+/// One cut of so many is made while space is given back; even.
+const TRIM_EVERY: usize = 16;
 /// One cut of so many is mounted by the kernel, too.
 const KERNEL_EVERY: usize = 50;
 /// Failures shown in full.
@@ -31,6 +33,16 @@ pub struct Found {
     pub judged: usize,
 }
 
+/// What is cut, and how long.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    All,
+    /// Until a bad one is found.
+    UntilFound,
+    /// Only while space is given back.
+    TrimsUntilFound,
+}
+
 /// One moment, and the number that decides what is kept.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Cut {
@@ -38,15 +50,15 @@ struct Cut {
     seed: u64,
 }
 
-/// Judges `count` cuts; if `until_found`, no more after the first bad one.
-pub fn cut(recording: &Recording, count: usize, seed: u64, until_found: bool) -> Found {
+/// Judges `count` cuts.
+pub fn cut(recording: &Recording, count: usize, seed: u64, what: Look) -> Found {
     let started = Instant::now();
-    let cuts = moments(&recording.history, count, seed);
+    let cuts = moments(&recording.history, count, seed, what);
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let found = Mutex::new(Found::default());
     let enough = || {
         let found = found.lock().expect("no panic");
-        until_found && found.lost + found.torn > 0
+        what != Look::All && found.lost + found.torn > 0
     };
     thread::scope(|scope| {
         for part in cuts.chunks(cuts.len().div_ceil(workers)) {
@@ -59,27 +71,32 @@ pub fn cut(recording: &Recording, count: usize, seed: u64, until_found: bool) ->
     found
 }
 
-/// In order of time. Half of them right after a flush, each flush in turn; half anywhere. All are
-/// after the image was created: before that nothing is promised.
-fn moments(history: &History, count: usize, seed: u64) -> Vec<Cut> {
+/// In order of time. Half of them right after a flush, each flush in turn; some while space is given
+/// back, which takes few events; the others anywhere. All are after the image was created: before
+/// that nothing is promised.
+fn moments(history: &History, count: usize, seed: u64, what: Look) -> Vec<Cut> {
     let is_init = |event: &Event| matches!(event, Event::Seen(text) if text == "init");
     let first = history.events.iter().position(is_init).expect("created") + 1;
     let end = history.events.len();
-    let flushed = (first..end).filter(|i| matches!(history.events[*i], Event::Synced(_)));
+    let flushed = (first..end).filter(|i| matches!(history.events[*i], Event::Synced(..)));
     let flushed: Vec<usize> = flushed.map(|i| i + 1).collect();
     let writes = history
         .events
         .iter()
-        .filter(|e| matches!(e, Event::Write(_)));
+        .filter(|e| matches!(e, Event::Write(..)));
     eprintln!(
         "recorded: {} writes, {} flushes since init",
         writes.count(),
         flushed.len()
     );
+    let trims = trims(history);
     let mut random = Random(seed);
     let mut cuts = Vec::new();
     for i in 0..count {
         let at = match i % 2 {
+            _ if what == Look::TrimsUntilFound || i % TRIM_EVERY == 1 => {
+                trims[random.below(trims.len())]
+            }
             0 if !flushed.is_empty() => flushed[i / 2 % flushed.len()],
             _ => first + random.below(end - first + 1),
         };
@@ -90,6 +107,24 @@ fn moments(history: &History, count: usize, seed: u64) -> Vec<Cut> {
     }
     cuts.sort_unstable();
     cuts
+}
+
+/// The moments of trims, each until a flush after it, from when on no cut undoes it.
+fn trims(history: &History) -> Vec<usize> {
+    let mut moments = Vec::new();
+    let (mut under_way, mut after) = (false, false);
+    for (at, event) in history.events.iter().enumerate() {
+        match event {
+            Event::Seen(text) if text == TRIMMING => under_way = true,
+            Event::Seen(text) if text == TRIMMED => (under_way, after) = (false, true),
+            Event::Synced(..) => after = false,
+            _ => {}
+        }
+        if under_way || after {
+            moments.push(at + 1);
+        }
+    }
+    moments
 }
 
 fn work(recording: &Recording, cuts: &[Cut], found: &Mutex<Found>, enough: &dyn Fn() -> bool) {
@@ -135,7 +170,8 @@ fn chosen(walk: &Walk, seed: u64) -> BTreeMap<u64, u32> {
     let mut random = Random(seed);
     // Of the last few hundred blocks that were sent.
     let moment = walk.newest().saturating_sub(random.below(RECENT) as u32);
-    walk.cut(random.chooser(moment))
+    let is_lost = random.below(2) == 0;
+    walk.cut(is_lost, random.chooser(moment))
 }
 
 /// What was published by now and not deleted on purpose, and what else was said.

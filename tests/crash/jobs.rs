@@ -3,8 +3,8 @@
 //! A verb that changes the image is one more step of [`Recorder::all`]. What it may take away it
 //! says before it starts, with [`Recorder::see`]; the judge promises nothing of that from then on.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, symlink};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,23 +14,55 @@ use super::common::{
     PASSPHRASE, Place, Program, Sandbox, kill, large_file, plain_tree, run, tool, wait_for,
 };
 use super::history::{BLOCK, History};
-use super::log::{self, Kind, Log};
+use super::log::{self, Kind, Log, Record};
 use super::random::Random;
 use super::tree::{Tree, on_disk};
 
 /// The least that holds the journal and what is backed up below.
 const SIZE: &str = "256M";
 const MIB: u64 = 1 << 20;
+/// Seen before and after a trim.
+pub const TRIMMING: &str = "trimming";
+pub const TRIMMED: &str = "trimmed";
 /// What an interrupted run copies, and of how much of it something has arrived when it is
 /// interrupted.
 const INTERRUPTED_FILES: u64 = 4;
 const INTERRUPTED_AT: [u64; 2] = [MIB / 2, 3 * MIB];
 
 pub struct Recording {
+    records: Vec<Record>,
+    size: u64,
     pub history: History,
     pub trees: Vec<Tree>,
     /// The path of what was backed up.
     pub source: String,
+}
+
+impl Recording {
+    /// As it would be if the program had done something else: what `change` makes of each record
+    /// that tells of the image.
+    pub fn changed(&self, change: impl FnMut(&Record) -> Option<Record>) -> Recording {
+        let records: Vec<Record> = self.records.iter().filter_map(change).collect();
+        Recording {
+            history: History::new(&records, PASSPHRASE, self.size),
+            records,
+            size: self.size,
+            trees: self.trees.clone(),
+            source: self.source.clone(),
+        }
+    }
+
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+}
+
+/// What is recorded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Jobs {
+    All,
+    /// Those before and in which space is given back to the server.
+    Trims,
 }
 
 struct Recorder<'a> {
@@ -41,16 +73,18 @@ struct Recorder<'a> {
     random: Random,
 }
 
-/// Runs every job. One flush of `done` is done, as the relay has it; `seed` decides when a run is
+/// Runs the jobs. One flush of `done` is done, as the relay has it; `seed` decides when a run is
 /// interrupted.
-pub fn record(sandbox: &Sandbox, done: u32, seed: u64) -> Recording {
+pub fn record(sandbox: &Sandbox, jobs: Jobs, done: u32, seed: u64) -> Recording {
     let log = sandbox.path("log");
     let stored = sandbox.dir("store").join("a.img");
-    let relay = std::env::current_exe().expect("this program");
-    let command = format!(
-        "{} relay {} {done} /usr/lib/openssh/sftp-server -e",
-        relay.display(),
-        log.display()
+    let rig = std::env::current_exe().expect("this program");
+    let (rig, told) = (rig.display(), log.display());
+    let command = format!("{rig} relay {told} {done} /usr/lib/openssh/sftp-server -e");
+    server_with_a_shell(
+        &sandbox.dir("bin"),
+        &command,
+        &format!("{rig} punch {told}"),
     );
     let mut recorder = Recorder {
         place: Place {
@@ -69,18 +103,71 @@ pub fn record(sandbox: &Sandbox, done: u32, seed: u64) -> Recording {
         trees: Vec::new(),
         random: Random(seed),
     };
-    recorder.all();
+    match jobs {
+        Jobs::All => recorder.all(),
+        Jobs::Trims => recorder.trims(),
+    }
     let records = log::read(&recorder.log).expect("the log");
     let size = fs::metadata(&stored).expect("the image").len();
     Recording {
-        history: History::new(records, PASSPHRASE, size),
+        history: History::new(&records, PASSPHRASE, size),
+        records,
+        size,
         trees: recorder.trees,
         source: recorder.source.display().to_string(),
     }
 }
 
+/// Programs for the path: an `ssh` to a server where commands may be run, whose SFTP goes through
+/// the relay, and the `fallocate` there.
+fn server_with_a_shell(directory: &Path, relay: &str, punch: &str) {
+    let ssh = format!(
+        "for last; do :; done\n\
+         case \" $* \" in\n\
+         *\" -G \"*) exit 0;;\n\
+         *\" -s -- \"*) exec {relay};;\n\
+         *) exec sh -c \"$last\";;\n\
+         esac"
+    );
+    let programs = [("ssh", ssh), ("fallocate", format!("exec {punch} \"$@\""))];
+    for (name, script) in programs {
+        let path = directory.join(name);
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("written");
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).expect("a program");
+    }
+}
+
 impl Recorder<'_> {
     fn all(&mut self) {
+        let (first, second) = self.two_backups();
+        for i in 0..2 {
+            let name = format!("interrupted {i}");
+            self.more_to_copy(&name, 10 + 10 * i);
+            self.killed_backup();
+            plain_tree(&self.source.join("newer"), 8);
+            self.backup();
+            // What every later snapshot held would be read at every cut.
+            self.no_more_of(&name);
+        }
+        self.delete(&first);
+        self.trim_by_shell();
+        self.pin(&second);
+        self.prune(&second);
+        self.trim();
+        self.grow();
+
+        self.more_to_copy("cut off", 30);
+        self.backup_whose_server_dies();
+    }
+
+    fn trims(&mut self) {
+        let (first, _) = self.two_backups();
+        self.delete(&first);
+        self.trim_by_shell();
+        self.trim();
+    }
+
+    fn two_backups(&mut self) -> (String, String) {
         self.place.init(SIZE).ok();
         self.see("init");
         let source = self.source.clone();
@@ -94,30 +181,13 @@ impl Recorder<'_> {
         fs::remove_dir_all(source.join("01")).expect("removed");
         fs::write(source.join("00/00/0.txt"), "changed").expect("written");
         plain_tree(&source.join("new"), 12);
-        let second = self.backup();
-
-        for i in 0..2 {
-            let name = format!("interrupted {i}");
-            self.more_to_copy(&name, 10 + 10 * i);
-            self.killed_backup();
-            plain_tree(&source.join("newer"), 8);
-            self.backup();
-            // What every later snapshot held would be read at every cut.
-            self.no_more_of(&name);
-        }
-        self.delete(&first);
-        self.pin(&second);
-        self.prune(&second);
-        self.grow();
-
-        self.more_to_copy("cut off", 30);
-        self.backup_whose_server_dies();
+        (first, self.backup())
     }
 
     fn see(&self, text: &str) {
         let log = Log::open(&self.log).expect("the log");
-        log.append(Kind::Seen, 0, 0, text.as_bytes())
-            .expect("recorded");
+        let seen = Record::new(Kind::Seen, text.into());
+        log.append(&seen).expect("recorded");
     }
 
     fn more_to_copy(&self, name: &str, seed: u64) {
@@ -213,9 +283,11 @@ impl Recorder<'_> {
         for write in unanswered.into_values() {
             let start = write.offset / BLOCK as u64 * BLOCK as u64;
             let end = (write.offset + write.data.len() as u64).next_multiple_of(BLOCK as u64);
-            let mut data = vec![0; (end - start) as usize];
-            image.read_exact_at(&mut data, start).expect("readable");
-            log.append(Kind::InFile, 0, start, &data).expect("recorded");
+            let mut in_file = Record::new(Kind::InFile, vec![0; (end - start) as usize]);
+            in_file.offset = start;
+            let data = &mut in_file.data;
+            image.read_exact_at(data, start).expect("readable");
+            log.append(&in_file).expect("recorded");
         }
     }
 
@@ -252,6 +324,30 @@ impl Recorder<'_> {
         let ran = self.place.program("prune").args(["--keep-last", "1"]).ok();
         assert!(ran.stdout.contains("2 stay"), "{ran}");
         see_each("deleted");
+    }
+
+    /// By the only way of a server without commands: it copies what is in use to another file, which
+    /// takes the image's name.
+    fn trim(&self) {
+        self.trimming(self.place.program("trim"), "copy-data");
+    }
+
+    /// By `fallocate` on the server.
+    fn trim_by_shell(&self) {
+        let bin = self.place.sandbox.path("bin");
+        let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
+        let trim = Program::new(self.place.sandbox, "trim")
+            .arg(format!("sftp://server{}", self.place.stored.display()))
+            .args(["--ssh-option", "ControlMaster=no", "--late-writes", "1s"])
+            .env("PATH", path);
+        self.trimming(trim, "fallocate on the server");
+    }
+
+    fn trimming(&self, trim: Program<'_>, way: &str) {
+        self.see(TRIMMING);
+        let ran = trim.args(["--granularity", "4K"]).ok();
+        assert!(ran.stdout.contains(way), "{ran}");
+        self.see(TRIMMED);
     }
 
     /// A cut has the size that the image has in the end: the file grows before anything is written.

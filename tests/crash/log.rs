@@ -5,13 +5,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
 
 const MARK: [u8; 8] = *b"\xe2\xebREC\r\n\0";
-/// Mark, length of the data, kind, tag, offset.
-const HEAD: usize = 8 + 4 + 1 + 8 + 8;
+/// Mark, length of the data, kind, file, tag, offset.
+const HEAD: usize = 8 + 4 + 1 + 1 + 8 + 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -23,26 +24,67 @@ pub enum Kind {
     Synced,
     /// The server has taken it up, whoever sent it: it is in the file, flushed or not.
     InFile,
+    /// The server was asked to copy bytes from the image to the same place of the other file;
+    /// `Written` when it said so.
+    Copied,
+    /// Bytes are about to become a hole.
+    Punched,
+    /// The file is there, and empty.
+    Created,
+    /// The other file takes the name of the image.
+    Renamed,
     /// The test has seen something done; `data` says what.
     Seen,
 }
 
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 10] = [
     Kind::Write,
     Kind::Written,
     Kind::Sync,
     Kind::Synced,
     Kind::InFile,
+    Kind::Copied,
+    Kind::Punched,
+    Kind::Created,
+    Kind::Renamed,
     Kind::Seen,
 ];
+
+/// Which file it is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    Image,
+    /// What a trim has the server make, to take the image's place.
+    Lean,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     pub kind: Kind,
+    pub which: Which,
     /// Ties an answer to its request.
     pub tag: u64,
     pub offset: u64,
     pub data: Vec<u8>,
+}
+
+impl Record {
+    /// Of the image.
+    pub fn new(kind: Kind, data: Vec<u8>) -> Record {
+        Record {
+            kind,
+            which: Which::Image,
+            tag: 0,
+            offset: 0,
+            data,
+        }
+    }
+
+    /// The bytes that are copied or punched: `data` holds their number.
+    pub fn range(&self) -> Range<u64> {
+        let len = self.data[..8].try_into().expect("8 bytes");
+        self.offset..self.offset + u64::from_le_bytes(len)
+    }
 }
 
 pub struct Log(File);
@@ -53,16 +95,16 @@ impl Log {
         options.append(true).create(true).open(path).map(Log)
     }
 
-    pub fn append(&self, kind: Kind, tag: u64, offset: u64, data: &[u8]) -> io::Result<()> {
-        let mut record = Vec::with_capacity(HEAD + data.len());
-        record.extend_from_slice(&MARK);
-        record.extend_from_slice(&(data.len() as u32).to_le_bytes());
-        record.push(kind as u8);
-        record.extend_from_slice(&tag.to_le_bytes());
-        record.extend_from_slice(&offset.to_le_bytes());
-        record.extend_from_slice(data);
+    pub fn append(&self, record: &Record) -> io::Result<()> {
+        let mut bytes = Vec::with_capacity(HEAD + record.data.len());
+        bytes.extend_from_slice(&MARK);
+        bytes.extend_from_slice(&(record.data.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&[record.kind as u8, record.which as u8]);
+        bytes.extend_from_slice(&record.tag.to_le_bytes());
+        bytes.extend_from_slice(&record.offset.to_le_bytes());
+        bytes.extend_from_slice(&record.data);
         flock(&self.0, FlockOperation::LockExclusive)?;
-        let done = (&self.0).write_all(&record);
+        let done = (&self.0).write_all(&bytes);
         flock(&self.0, FlockOperation::Unlock)?;
         done
     }
@@ -109,8 +151,9 @@ fn whole(bytes: &[u8]) -> Option<Option<(Record, usize)>> {
             && after.is_none_or(|first| *first == MARK[0]);
         let record = Record {
             kind: *KINDS.get(usize::from(head[12]))?,
-            tag: number(13),
-            offset: number(21),
+            which: *[Which::Image, Which::Lean].get(usize::from(head[13]))?,
+            tag: number(14),
+            offset: number(22),
             data: data.to_vec(),
         };
         ends.then_some((record, HEAD + len))
@@ -124,19 +167,21 @@ pub fn a_torn_record_costs_no_other() {
     let path = directory.path().join("log");
     let append = |tag, data: &[u8]| {
         let log = Log::open(&path).expect("opened");
-        log.append(Kind::Write, tag, 4096 * tag, data)
-            .expect("written");
+        let mut record = Record::new(Kind::Write, data.to_vec());
+        (record.tag, record.offset) = (tag, 4096 * tag);
+        log.append(&record).expect("written");
     };
     append(1, &[1; 5000]);
     append(2, &[2; 5000]);
     let size = fs::metadata(&path).expect("there").len();
     let file = File::options().write(true).open(&path).expect("opened");
-    for lost in [1, 4999, 5000, 5028] {
+    let whole = HEAD as u64 + 5000;
+    for lost in [1, 4999, 5000, whole - 1] {
         file.set_len(size - lost).expect("cut");
         append(3, b"x");
         let tags: Vec<u64> = read(&path).expect("read").iter().map(|r| r.tag).collect();
         assert_eq!(tags, [1, 3], "{lost} bytes lost");
-        file.set_len(size - 5029).expect("cut");
+        file.set_len(size - whole).expect("cut");
         append(2, &[2; 5000]);
     }
     assert_eq!(read(&path).expect("read").len(), 2);

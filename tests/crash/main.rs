@@ -3,7 +3,8 @@
 //! journal, satisfy e2fsck, and hold every published snapshot whole and none in part.
 //!
 //! `scripts/crash --cuts N --seed S` runs it at length. As a test it makes [`CI_CUTS`] cuts. This
-//! program has no harness, since it is its own relay: `relay` is its first argument then.
+//! program has no harness, since it is its own relay and `fallocate`: `relay` or `punch` is its first
+//! argument then.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -13,6 +14,7 @@ mod history;
 mod jobs;
 mod judge;
 mod kernel;
+mod lies;
 mod log;
 mod random;
 mod relay;
@@ -21,8 +23,8 @@ mod tree;
 use std::process::ExitCode;
 
 use common::{Sandbox, root_or_skip};
-use cuts::{Found, cut};
-use jobs::record;
+use cuts::{Found, Look, cut};
+use jobs::{Jobs, record};
 use random::Random;
 
 /// What a minute of two cores is enough for, with the recordings.
@@ -32,10 +34,12 @@ const CUTS_OF_ONE: usize = 1000;
 const CI_SEED: u64 = 1;
 /// Enough to find every lie of [`LIES`], which ends at the first that is found.
 const LIAR_CUTS: usize = 400;
+/// Enough to find every lie of [`lies::of_trims`].
+const TRIM_CUTS: usize = 100;
 /// One flush of so many is done, none for 0; the others are only answered.
 const LIES: [u32; 2] = [0, 10];
 
-const TESTS: [(&str, fn()); 3] = [
+const TESTS: [(&str, fn()); 4] = [
     ("no_crash_loses_or_tears_a_snapshot", || {
         if root_or_skip() {
             let found = all(CI_CUTS, CI_SEED, 1);
@@ -45,16 +49,23 @@ const TESTS: [(&str, fn()); 3] = [
     ("a_swallowed_flush_is_found_out", || {
         if root_or_skip() {
             for lie in LIES {
-                let Found { lost, torn, .. } = cut(
-                    &record(&Sandbox::new(), lie, CI_SEED),
-                    LIAR_CUTS,
-                    CI_SEED,
-                    true,
-                );
+                let recording = record(&Sandbox::new(), Jobs::All, lie, CI_SEED);
+                let found = cut(&recording, LIAR_CUTS, CI_SEED, Look::UntilFound);
                 assert!(
-                    lost + torn > 0,
+                    found.lost + found.torn > 0,
                     "one flush of {lie} was done, and nobody noticed"
                 );
+            }
+        }
+    }),
+    ("a_trim_that_loses_is_found_out", || {
+        if root_or_skip() {
+            let recording = record(&Sandbox::new(), Jobs::Trims, 1, CI_SEED);
+            let honest = cut(&recording, TRIM_CUTS, CI_SEED, Look::TrimsUntilFound);
+            assert_eq!((honest.lost, honest.torn), (0, 0));
+            for (lie, recording) in lies::of_trims(&recording) {
+                let found = cut(&recording, TRIM_CUTS, CI_SEED, Look::TrimsUntilFound);
+                assert!(found.lost + found.torn > 0, "{lie}, and nobody noticed");
             }
         }
     }),
@@ -69,6 +80,9 @@ fn main() -> ExitCode {
     let has = |word: &str| arguments.iter().any(|argument| argument == word);
     if arguments.first().is_some_and(|first| first == "relay") {
         return ExitCode::from(relay::run(&arguments[1..]) as u8);
+    }
+    if arguments.first().is_some_and(|first| first == "punch") {
+        return ExitCode::from(relay::punch(&arguments[1..]) as u8);
     }
     if has("--list") {
         if !has("--ignored") {
@@ -113,7 +127,8 @@ fn all(cuts: usize, seed: u64, done: u32) -> Found {
     while left > 0 {
         let seed = random.next();
         let here = left.min(CUTS_OF_ONE);
-        let more = cut(&record(&Sandbox::new(), done, seed), here, seed, false);
+        let recording = record(&Sandbox::new(), Jobs::All, done, seed);
+        let more = cut(&recording, here, seed, Look::All);
         found.lost += more.lost;
         found.torn += more.torn;
         found.judged += more.judged;

@@ -1,5 +1,6 @@
 //! Between the program and the real SFTP server: passes everything on, and records what becomes
-//! of the image. `crash relay LOG DONE SERVER ARGUMENTS...`
+//! of the image, and of the lean copy that a trim puts in its place.
+//! `crash relay LOG DONE SERVER ARGUMENTS...`
 //!
 //! One flush of DONE is passed on; the others it answers itself and tells the server nothing: a
 //! server that lies, or a client that forgets to ask, which the rig must find out. With 1 it is
@@ -18,15 +19,15 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use e2ebak::sftp::frame;
-use e2ebak::sftp::{Code, Extended, Reply, Request, Status};
+use e2ebak::sftp::{Code, Extended, OpenFlags, Reply, Request, Status};
 
-use super::log::{Kind, Log};
+use super::log::{Kind, Log, Record, Which};
 
 /// What a request asked for that matters when it is answered.
 enum Asked {
-    Open,
+    Open(Which),
     Write,
-    Sync,
+    Sync(Which),
 }
 
 struct Relay {
@@ -40,8 +41,7 @@ struct Relay {
 #[derive(Default)]
 struct State {
     asked: HashMap<u32, Asked>,
-    /// Handles of the image.
-    handles: Vec<Vec<u8>>,
+    handles: Vec<(Vec<u8>, Which)>,
     syncs: u32,
 }
 
@@ -72,6 +72,14 @@ pub fn run(arguments: &[String]) -> i32 {
     child.wait().ok().and_then(|s| s.code()).unwrap_or(1)
 }
 
+impl State {
+    fn file(&self, handle: &[u8]) -> Option<Which> {
+        let mut handles = self.handles.iter();
+        let found = handles.find(|(known, _)| known == handle);
+        found.map(|(_, which)| *which)
+    }
+}
+
 impl Relay {
     /// From the program to the server, until it has no more to say.
     fn up(&self, mut server: impl Write) {
@@ -91,20 +99,46 @@ impl Relay {
         let (id, request) = Request::decode(packet).expect("a request");
         let mut state = self.state.lock().expect("no panic");
         match request {
-            Request::Open { path, .. } if path.ends_with(b".img") => {
-                state.asked.insert(id, Asked::Open);
+            Request::Open { path, flags, .. } => {
+                if let Some(which) = named(path) {
+                    state.asked.insert(id, Asked::Open(which));
+                    if which == Which::Lean && flags.contains(OpenFlags::CREATE) {
+                        self.record(Kind::Created, which, id, 0, &[]);
+                    }
+                }
             }
             Request::Write {
                 handle,
                 offset,
                 data,
-            } if state.handles.iter().any(|known| known == handle) => {
-                state.asked.insert(id, Asked::Write);
-                self.record(Kind::Write, id, offset, data);
+            } => {
+                if let Some(which) = state.file(handle) {
+                    state.asked.insert(id, Asked::Write);
+                    self.record(Kind::Write, which, id, offset, data);
+                }
             }
-            Request::Extended(Extended::Fsync { handle })
-                if state.handles.iter().any(|known| known == handle) =>
+            Request::Extended(Extended::CopyData {
+                from,
+                from_offset,
+                len,
+                to,
+                to_offset,
+            }) => {
+                let files = (state.file(from), state.file(to));
+                assert_eq!(files, (Some(Which::Image), Some(Which::Lean)));
+                assert_eq!(from_offset, to_offset);
+                state.asked.insert(id, Asked::Write);
+                self.record(Kind::Copied, Which::Lean, id, to_offset, &len.to_le_bytes());
+            }
+            Request::Extended(Extended::PosixRename { from, to })
+                if (named(from), named(to)) == (Some(Which::Lean), Some(Which::Image)) =>
             {
+                self.record(Kind::Renamed, Which::Lean, id, 0, &[]);
+            }
+            Request::Extended(Extended::Fsync { handle }) => {
+                let Some(which) = state.file(handle) else {
+                    return true;
+                };
                 state.syncs += 1;
                 if !state.syncs.is_multiple_of(self.done) {
                     let mut answer = Vec::new();
@@ -113,11 +147,11 @@ impl Relay {
                     self.answer(&answer);
                     return false;
                 }
-                state.asked.insert(id, Asked::Sync);
-                self.record(Kind::Sync, id, 0, &[]);
+                state.asked.insert(id, Asked::Sync(which));
+                self.record(Kind::Sync, which, id, 0, &[]);
             }
             // The server gives the number to the next file.
-            Request::Close { handle } => state.handles.retain(|known| known != handle),
+            Request::Close { handle } => state.handles.retain(|(known, _)| known != handle),
             _ => {}
         }
         true
@@ -138,16 +172,24 @@ impl Relay {
         let mut state = self.state.lock().expect("no panic");
         let ok = matches!(&reply, Reply::Status(status) if status.code == Code::Ok);
         match (state.asked.remove(&id), reply) {
-            (Some(Asked::Open), Reply::Handle(handle)) => state.handles.push(handle),
-            (Some(Asked::Write), _) if ok => self.record(Kind::Written, id, 0, &[]),
-            (Some(Asked::Sync), _) if ok => self.record(Kind::Synced, id, 0, &[]),
+            (Some(Asked::Open(which)), Reply::Handle(handle)) => {
+                state.handles.push((handle, which));
+            }
+            (Some(Asked::Write), _) if ok => self.record(Kind::Written, Which::Image, id, 0, &[]),
+            (Some(Asked::Sync(which)), _) if ok => self.record(Kind::Synced, which, id, 0, &[]),
             _ => {}
         }
     }
 
-    fn record(&self, kind: Kind, id: u32, offset: u64, data: &[u8]) {
-        let tag = u64::from(std::process::id()) << 32 | u64::from(id);
-        self.log.append(kind, tag, offset, data).expect("recorded");
+    fn record(&self, kind: Kind, which: Which, id: u32, offset: u64, data: &[u8]) {
+        let record = Record {
+            kind,
+            which,
+            tag: u64::from(std::process::id()) << 32 | u64::from(id),
+            offset,
+            data: data.to_vec(),
+        };
+        self.log.append(&record).expect("recorded");
     }
 
     fn answer(&self, packet: &[u8]) {
@@ -155,6 +197,35 @@ impl Relay {
         // The program may have gone; the end of its requests tells.
         let _ = out.write_all(packet).and_then(|()| out.flush());
     }
+}
+
+fn named(path: &[u8]) -> Option<Which> {
+    match path {
+        _ if path.ends_with(b".img") => Some(Which::Image),
+        _ if path.ends_with(b".img.trim") => Some(Which::Lean),
+        _ => None,
+    }
+}
+
+/// Instead of `fallocate` on the server: tells of a hole, then has it made.
+/// `crash punch LOG -p -o OFFSET -l LENGTH IMAGE`
+pub fn punch(arguments: &[String]) -> i32 {
+    let [log, how @ ..] = arguments else {
+        panic!("punch LOG ARGUMENTS...");
+    };
+    let ["-p", "-o", offset, "-l", len, image] =
+        *how.iter().map(String::as_str).collect::<Vec<_>>()
+    else {
+        panic!("{how:?}");
+    };
+    assert_eq!(named(image.as_bytes()), Some(Which::Image));
+    let len: u64 = len.parse().expect("a number");
+    let mut record = Record::new(Kind::Punched, len.to_le_bytes().to_vec());
+    record.offset = offset.parse().expect("a number");
+    let log = Log::open(Path::new(log)).expect("the log");
+    log.append(&record).expect("recorded");
+    let punched = Command::new("/usr/bin/fallocate").args(how).status();
+    punched.ok().and_then(|s| s.code()).unwrap_or(1)
 }
 
 /// The next packet with its length; nothing at the end of the stream.

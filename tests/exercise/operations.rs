@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use super::random::Random;
 
-const SECTOR: usize = 4096;
+/// What often begins or ends a range.
+const BLOCK: usize = 4096;
 /// Operations that are shown when something is wrong.
 const SHOWN: usize = 30;
 
@@ -45,6 +46,8 @@ pub struct Exerciser {
     seed: u64,
     random: Random,
     model: Vec<u8>,
+    /// Sizes are multiples of it.
+    sector: usize,
     /// No resize goes beyond.
     size_max: usize,
     done: usize,
@@ -52,11 +55,12 @@ pub struct Exerciser {
 }
 
 impl Exerciser {
-    /// `model` is what the subject holds at first.
-    pub fn new(seed: u64, model: Vec<u8>) -> Self {
+    /// `model` is what the subject holds at first; sizes are multiples of `sector`.
+    pub fn new(seed: u64, model: Vec<u8>, sector: u64) -> Self {
         Exerciser {
             seed,
             random: Random(seed),
+            sector: sector as usize,
             size_max: model.len(),
             model,
             done: 0,
@@ -127,8 +131,8 @@ impl Exerciser {
                 }
             }
             900..920 => {
-                let sectors = self.size_max / SECTOR;
-                let size = (sectors - self.random.below(sectors / 4)) * SECTOR;
+                let sectors = self.size_max / self.sector;
+                let size = (sectors - self.random.below(sectors / 4)) * self.sector;
                 self.note(format!("resize to {size}"));
                 if subject.resize(size as u64) {
                     self.model.resize(size, 0);
@@ -162,8 +166,8 @@ impl Exerciser {
         let most = [600, 9000, 70_000, 600_000][self.random.below(16).saturating_sub(12)];
         let mut len = 1 + self.random.below(most);
         if self.random.below(3) == 0 {
-            at -= at % SECTOR;
-            len = len.next_multiple_of(SECTOR);
+            at -= at % BLOCK;
+            len = len.next_multiple_of(BLOCK);
         }
         (at, len.min(size - at))
     }

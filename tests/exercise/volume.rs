@@ -11,11 +11,12 @@ use e2ebak::xts::{Key, SectorSize, Tweak};
 /// Where the volume begins in the device.
 pub const OFFSET: u64 = 1 << 16;
 
-pub fn decrypted(device: Arc<dyn Device>) -> Crypt {
+/// `sector` in bytes.
+pub fn decrypted(device: Arc<dyn Device>, sector: u64) -> Crypt {
     let segment = Segment {
         offset: OFFSET,
         size: None,
-        sector_size: SectorSize::new(4096).expect("a size"),
+        sector_size: SectorSize::new(sector).expect("a size"),
         first_tweak: Tweak(0),
     };
     let key: Vec<u8> = (0..64).collect();
@@ -23,10 +24,10 @@ pub fn decrypted(device: Arc<dyn Device>) -> Crypt {
 }
 
 /// With a cache of so many bytes.
-pub fn cached(device: Arc<dyn Device>, size_bytes: u64) -> Cache {
+pub fn cached(device: Arc<dyn Device>, sector: u64, size_bytes: u64) -> Cache {
     let settings = Settings {
         size_bytes,
         ..Settings::default()
     };
-    Cache::new(Arc::new(decrypted(device)), settings).expect("a cache")
+    Cache::new(Arc::new(decrypted(device, sector)), settings).expect("a cache")
 }

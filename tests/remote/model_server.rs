@@ -66,6 +66,15 @@ struct File {
     synced: Vec<u8>,
 }
 
+/// The image has another name, or another file has its name. Lost in a crash, unless that file was
+/// synced since.
+struct Renamed {
+    from: Vec<u8>,
+    to: Vec<u8>,
+    inode: u64,
+    replaced: Option<u64>,
+}
+
 /// A write of a session that has ended.
 struct Late {
     since: Instant,
@@ -98,6 +107,7 @@ const GIVING_UP: Duration = Duration::from_secs(1);
 pub struct World {
     names: BTreeMap<Vec<u8>, u64>,
     files: HashMap<u64, File>,
+    renamed: Vec<Renamed>,
     sessions: BTreeMap<u64, Session>,
     late: Vec<Late>,
     /// Older ones come to nothing.
@@ -147,6 +157,7 @@ impl Model {
         let model = Model(Arc::new(Mutex::new(World {
             names: BTreeMap::new(),
             files: HashMap::new(),
+            renamed: Vec::new(),
             sessions: BTreeMap::new(),
             late: Vec::new(),
             late_max: Duration::from_millis(100),
@@ -411,6 +422,13 @@ impl World {
         for file in self.files.values_mut() {
             file.volatile = file.synced.clone();
         }
+        for lost in std::mem::take(&mut self.renamed).into_iter().rev() {
+            self.names.remove(&lost.to);
+            self.names.insert(lost.from, lost.inode);
+            if let Some(replaced) = lost.replaced {
+                self.names.insert(lost.to, replaced);
+            }
+        }
         self.late.clear();
         self.refused_until = Instant::now() + self.restart_takes;
     }
@@ -595,8 +613,10 @@ impl World {
                 None => status(Code::NoSuchFile),
             },
             Request::Extended(Extended::Fsync { handle }) => {
-                let file = self.files.get_mut(&inode_of(handle)).expect("a file");
+                let inode = inode_of(handle);
+                let file = self.files.get_mut(&inode).expect("a file");
                 file.synced = file.volatile.clone();
+                self.renamed.retain(|renamed| renamed.inode != inode);
                 ok()
             }
             Request::Extended(Extended::Limits) => Reply::Extended(
@@ -610,7 +630,15 @@ impl World {
             Request::Extended(Extended::PosixRename { from, to }) => {
                 match self.names.remove(from) {
                     Some(inode) => {
-                        self.names.insert(to.to_vec(), inode);
+                        let replaced = self.names.insert(to.to_vec(), inode);
+                        if [from, to].contains(&IMAGE.as_bytes()) {
+                            self.renamed.push(Renamed {
+                                from: from.to_vec(),
+                                to: to.to_vec(),
+                                inode,
+                                replaced,
+                            });
+                        }
                         ok()
                     }
                     None => status(Code::NoSuchFile),

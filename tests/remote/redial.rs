@@ -809,3 +809,15 @@ fn whatever_happens_by_chance_nothing_is_lost() {
         applier.join().expect("ends");
     }
 }
+
+/// Of the image while it is another's copy, for example: what is written to it then must not be found
+/// under its name.
+#[test]
+fn a_file_keeps_the_name_that_it_was_given_through_a_crash() {
+    let model = Model::new(SIZE);
+    let (store, device) = open(&model, bounds(1));
+    drop(device);
+    told(store.rename("", ".part"));
+    model.crash();
+    assert!(model.has("dir/a.img.part") && !model.has(IMAGE));
+}
