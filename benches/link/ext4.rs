@@ -39,6 +39,7 @@ pub fn measure_file(rig: &Rig, rtt: u64, report: &mut Report) {
 
 /// Without a delay, and with the longest, in turns.
 pub fn measure_unpacking(rig: &Rig, trips: &[u64], report: &mut Report) {
+    rig.drop_peers();
     let quick = rig.args.quick;
     let all = rig.local("tree.tar");
     let count = if quick { 1_000 } else { 50_000 };

@@ -196,6 +196,13 @@ impl Rig {
         stop::check();
     }
 
+    /// Makes room: what the others wrote and read is not needed any more.
+    pub fn drop_peers(&self) {
+        for name in ["raw", "peer", "get", "got"] {
+            let _ = std::fs::remove_file(self.stored(name));
+        }
+    }
+
     fn config_text(&self) -> String {
         let settings = self.ssh_settings();
         let settings = settings.iter().map(|s| s.replacen('=', " ", 1) + "\n");

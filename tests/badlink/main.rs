@@ -153,22 +153,30 @@ fn a_connection_that_ends_in_any_way_is_made_anew() {
     running.wait().code(0);
     is_whole(&place, &source);
 
-    // Packets vanish; those under way arrive when ssh is dead and its successor is at work.
-    let running = under_way(&place, &source, 3, &late);
-    far.proxy.freeze_connected();
-    std::thread::sleep(Duration::from_millis(500)); // what had passed the link is done by then
-    let dead = protocol.servers();
-    let in_time = writes(&dead);
-    wait_for("a second connection", HANG, || far.proxy.connections() > 1);
-    let begun = |servers: &[PathBuf]| servers.iter().any(|server| !dead.contains(server));
-    wait_for("its servers", HANG, || begun(&protocol.servers()));
-    assert_eq!(writes(&dead), in_time, "the link is frozen");
-    far.proxy.thaw();
-    running.wait().code(0);
-    let late = writes(&dead) - in_time;
-    assert!(late > 0, "no write landed late: this shows nothing");
+    // Packets vanish; those under way arrive when ssh is dead and its successor is at work. Sometimes
+    // none is: then it is done again.
+    let mut runs = 2_u64;
+    let mut landed_late = 0;
+    while landed_late == 0 {
+        runs += 1;
+        assert!(runs <= 5, "no write landed late: this shows nothing");
+        let running = under_way(&place, &source, runs, &late);
+        let connections = far.proxy.connections();
+        far.proxy.freeze_connected();
+        std::thread::sleep(Duration::from_millis(500)); // what had passed the link is done by then
+        let dead = protocol.servers();
+        let in_time = writes(&dead);
+        let more = || far.proxy.connections() > connections;
+        wait_for("a second connection", HANG, more);
+        let begun = |servers: &[PathBuf]| servers.iter().any(|server| !dead.contains(server));
+        wait_for("its servers", HANG, || begun(&protocol.servers()));
+        assert_eq!(writes(&dead), in_time, "the link is frozen");
+        far.proxy.thaw();
+        running.wait().code(0);
+        landed_late = writes(&dead) - in_time;
+    }
     is_whole(&place, &source);
-    assert_eq!(place.ids().len(), 3);
+    assert_eq!(place.ids().len() as u64, runs);
 }
 
 #[test]
