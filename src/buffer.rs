@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// The longest request that the cache makes: 1 MiB.
 const LEN: usize = 1 << 20;
-/// A shorter one gets memory of its own, as it would hold much more than it needs.
+/// A shorter one gets memory of its own if it may live long, as it would hold much more than it needs.
 const LEN_MIN: usize = 768 << 10;
+/// Up to here memory is cheaper made than kept.
+const SMALL: usize = 64 << 10;
 
 /// So many are kept while nobody uses them: as much as one flush lets go of.
 const SPARE_MAX: usize = 32;
@@ -59,15 +61,32 @@ impl Drop for Buffer {
 }
 
 /// Where buffers are from.
-#[derive(Default)]
 pub struct Buffers {
     spare: Arc<Spare>,
+    /// The shortest that are kept.
+    shortest: usize,
 }
 
 impl Buffers {
+    /// For buffers that may be handed on and live long.
+    pub fn long_lived() -> Self {
+        Buffers {
+            spare: Arc::default(),
+            shortest: LEN_MIN,
+        }
+    }
+
+    /// For buffers that live as long as a request. Each takes as much memory as the longest.
+    pub fn short_lived() -> Self {
+        Buffers {
+            spare: Arc::default(),
+            shortest: SMALL + 1,
+        }
+    }
+
     /// So many bytes, of any content.
     pub fn take(&self, len: usize) -> Buffer {
-        if !(LEN_MIN..=LEN).contains(&len) {
+        if !(self.shortest..=LEN).contains(&len) {
             return Buffer {
                 memory: vec![0; len].into(),
                 len,
@@ -94,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_large_buffer_is_used_again_and_a_small_one_is_not() {
-        let buffers = Buffers::default();
+        let buffers = Buffers::long_lived();
         let first = buffers.take(LEN);
         let at = first.as_ptr();
         drop(first);
@@ -109,8 +128,10 @@ mod tests {
 
     #[test]
     fn no_more_is_kept_than_a_flush_lets_go_of() {
-        let buffers = Buffers::default();
-        let many: Vec<Buffer> = (0..SPARE_MAX + 5).map(|_| buffers.take(LEN)).collect();
+        let buffers = Buffers::short_lived();
+        let many: Vec<Buffer> = (0..SPARE_MAX + 5)
+            .map(|_| buffers.take(SMALL + 1))
+            .collect();
         drop(many);
         assert_eq!(lock(&buffers.spare).len(), SPARE_MAX);
         let outlives = buffers.take(LEN);

@@ -9,19 +9,16 @@
 //! needs parts of them sits above a cache.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Buffers};
 use crate::device::{Caps, Device, check_range};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::xts::{Key, NotWholeSectors, SectorSize, Tweak};
 
 /// Ciphertext that one write holds. Longer writes go down in pieces of this many
 /// bytes, a multiple of every sector size and long enough for several processors.
-const SCRATCH_MAX: usize = 4 << 20;
-/// So many buffers are kept, of at most so many bytes, for who writes without a cache.
-const SCRATCHES_KEPT: usize = 4;
-const SCRATCH_KEPT_MAX: usize = 1 << 20;
+const PIECE: usize = 4 << 20;
 
 /// A LUKS2 segment of type `crypt`: where the ciphertext lies and how its sectors are numbered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +38,7 @@ pub struct Crypt {
     key: Key,
     segment: Segment,
     alignment: u32,
-    /// Buffers that were used before: fresh pages would cost as much as encrypting.
-    scratch: Mutex<Vec<Vec<u8>>>,
+    buffers: Buffers,
 }
 
 impl Crypt {
@@ -75,23 +71,8 @@ impl Crypt {
             key,
             segment,
             alignment,
-            scratch: Mutex::new(Vec::new()),
+            buffers: Buffers::long_lived(),
         })
-    }
-
-    /// Lends a buffer of `len` bytes with any content.
-    fn with_scratch<T>(&self, len: usize, use_it: impl FnOnce(&mut [u8]) -> T) -> T {
-        let pool = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut scratch = pool().pop().unwrap_or_default();
-        if scratch.len() < len {
-            scratch.resize(len, 0);
-        }
-        let outcome = use_it(&mut scratch[..len]);
-        let mut pool = pool();
-        if pool.len() < SCRATCHES_KEPT && scratch.len() <= SCRATCH_KEPT_MAX {
-            pool.push(scratch);
-        }
-        outcome
     }
 
     fn tweak(&self, offset: u64) -> Tweak {
@@ -151,18 +132,21 @@ impl Device for Crypt {
     fn write_all_at(&self, data: &[u8], offset: u64) -> Result<()> {
         check_range(self.caps(), self.size(), offset, data.len())?;
         let mut at = offset;
-        for piece in data.chunks(SCRATCH_MAX) {
-            self.with_scratch(piece.len(), |ciphertext| {
-                self.key.encrypt_into(
+        for piece in data.chunks(PIECE) {
+            let mut ciphertext = self.buffers.take(piece.len());
+            self.key
+                .encrypt_into(
                     self.segment.sector_size,
                     self.tweak(at),
                     piece,
-                    ciphertext,
-                )?;
-                self.inner
-                    .write_all_at(ciphertext, self.segment.offset + at)
-            })
-            .attempt(|| format!("write {} bytes at offset {at} of the volume", piece.len()))?;
+                    &mut ciphertext,
+                )
+                .map_err(Error::from)
+                .and_then(|()| {
+                    self.inner
+                        .write_buffer_at(ciphertext, self.segment.offset + at)
+                })
+                .attempt(|| format!("write {} bytes at offset {at} of the volume", piece.len()))?;
             at += piece.len() as u64;
         }
         Ok(())

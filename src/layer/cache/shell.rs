@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use super::frames::{Frames, Incoming};
+use super::frames::Frames;
 use super::readahead::{Parameters, Readahead};
 use super::table::{Fetch, FetchId, Flush, Limits, Read, Table, Write};
 use super::{BLOCK, SENDERS_MAX, Settings, Stats, lock};
@@ -17,6 +17,8 @@ use crate::error::{Attempt, Error, Kind, Result, Told};
 pub struct Shared {
     pub inner: Arc<dyn Device>,
     pub state: Mutex<State>,
+    /// Of what is fetched.
+    incoming: Buffers,
     /// Of what is written back.
     pub outgoing: Buffers,
     /// Workers wait here.
@@ -36,7 +38,6 @@ pub struct Shared {
 pub struct State {
     pub table: Table,
     pub frames: Frames,
-    pub incoming: Incoming,
     pub readahead: Readahead,
     /// Fetches for the workers. As each holds a frame for every block, frames are its bound.
     pub queue: VecDeque<Fetch>,
@@ -109,7 +110,6 @@ impl Shared {
             state: Mutex::new(State {
                 table: Table::new(limits),
                 frames: Frames::default(),
-                incoming: Incoming::default(),
                 readahead: Readahead::new(settings.readahead),
                 queue: VecDeque::new(),
                 waiting: HashMap::new(),
@@ -121,7 +121,8 @@ impl Shared {
                 senders: 0,
                 waiters: 0,
             }),
-            outgoing: Buffers::default(),
+            incoming: Buffers::short_lived(),
+            outgoing: Buffers::long_lived(),
             work: Condvar::new(),
             changed: Condvar::new(),
             turn: Mutex::new(()),
@@ -296,11 +297,11 @@ impl Shared {
     }
 
     /// Makes one fetch; its bytes, or its error, are there when it returns.
-    pub fn fetch<'a>(&'a self, mut guard: Guard<'a>, fetch: Fetch) -> (Guard<'a>, Result<()>) {
+    pub fn fetch<'a>(&'a self, guard: Guard<'a>, fetch: Fetch) -> (Guard<'a>, Result<()>) {
         let blocks = fetch.blocks();
         let length = (blocks.end - blocks.start) as usize * BLOCK;
-        let mut buffer = guard.incoming.take(length);
         drop(guard);
+        let mut buffer = self.incoming.take(length);
 
         let bytes = self.bytes_of(&blocks);
         let (data, beyond) = buffer.split_at_mut((bytes.end - bytes.start) as usize);
@@ -330,7 +331,6 @@ impl Shared {
                 state.table.fetch_failed(fetch);
             }
         }
-        state.incoming.give(buffer);
         self.tell_waiters(state);
         self.nudge(state);
         (guard, result)
