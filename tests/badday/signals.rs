@@ -46,11 +46,7 @@ fn a_signal_at_any_moment_tears_down_in_order() {
     assert!(published < MOMENTS_MS.len(), "no moment was early enough");
     assert_eq!(place.ids().len(), published);
     place.backup(&source).ok();
-    let restored = sandbox.path("restored");
-    place
-        .restore(&format!("latest:{}", source.display()), &restored)
-        .ok();
-    assert_same_tree(&source, &restored);
+    place.assert_latest_is(&source);
     place.assert_closed();
 }
 
@@ -159,11 +155,7 @@ fn an_interrupted_run_is_taken_up_not_started_over() {
     assert!(new_bytes < 320 * MIB, "{new_bytes} bytes were copied again");
     let stored = common::stored_bytes(&place.stored) - empty;
     assert!(stored < 480 * MIB, "400 MiB take {} MiB", stored / MIB);
-    let restored = sandbox.path("restored");
-    place
-        .restore(&format!("latest:{}", source.display()), &restored)
-        .ok();
-    assert_same_tree(&source, &restored);
+    place.assert_latest_is(&source);
     place.assert_closed();
 }
 

@@ -42,11 +42,7 @@ fn everything_can_be_killed_at_once_in_any_order() {
     assert!(seen > 2 * ROUNDS, "only {seen} sessions were killed");
     assert!(common::stored_bytes(&place.stored) > empty);
     place.backup(&source).ok();
-    let restored = sandbox.path("restored");
-    place
-        .restore(&format!("latest:{}", source.display()), &restored)
-        .ok();
-    assert_same_tree(&source, &restored);
+    place.assert_latest_is(&source);
     place.assert_closed();
 }
 
@@ -121,10 +117,6 @@ fn of_several_that_start_at_once_exactly_one_writes() {
     let of = |code| codes.iter().filter(|c| **c == Some(code)).count();
     assert_eq!((of(0), of(11)), (1, 3), "{codes:?}");
     assert_eq!(place.ids().len(), 1);
-    let restored = sandbox.path("restored");
-    place
-        .restore(&format!("latest:{}", source.display()), &restored)
-        .ok();
-    assert_same_tree(&source, &restored);
+    place.assert_latest_is(&source);
     place.assert_closed();
 }

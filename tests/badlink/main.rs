@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::{
-    Place, Program, Proxy, Ran, Running, Sandbox, Shape, Sshd, assert_same_tree, decrypt, is_clean,
-    large_file, output, plain_tree, root_or_skip, run, stored_bytes, tool, tool_or_skip, wait_for,
+    Place, Program, Proxy, Ran, Running, Sandbox, Shape, Sshd, decrypt, is_clean, large_file,
+    output, plain_tree, root_or_skip, run, stored_bytes, tool, tool_or_skip, wait_for,
 };
 use relay::{Act, Relay};
 use rustix::process::Signal;
@@ -67,11 +67,7 @@ fn source(sandbox: &Sandbox) -> PathBuf {
 
 /// The newest snapshot is its source, and the volume is one that e2fsck likes.
 fn is_whole(place: &Place, source: &Path) {
-    let restored = place.sandbox.path("restored");
-    let what = format!("latest:{}", source.display());
-    place.restore(&what, &restored).ok();
-    assert_same_tree(source, &restored);
-    fs::remove_dir_all(&restored).expect("removed");
+    place.assert_latest_is(source);
     place.assert_closed();
     let plain = decrypt(place.sandbox, &place.stored);
     is_clean(&plain.path);

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Program, Sandbox, Sshd, run, tool};
+use super::{Program, Sandbox, Sshd, assert_same_tree, run, tool};
 
 pub struct Place<'a> {
     pub sandbox: &'a Sandbox,
@@ -69,6 +69,15 @@ impl<'a> Place<'a> {
     /// Restores `what` to `to`.
     pub fn restore(&self, what: &str, to: &Path) -> Program<'a> {
         self.program("restore").arg(what).arg(to)
+    }
+
+    /// Restores the newest snapshot of `source`, and fails unless that is what is there now.
+    pub fn assert_latest_is(&self, source: &Path) {
+        let restored = self.sandbox.path("restored");
+        self.restore(&format!("latest:{}", source.display()), &restored)
+            .ok();
+        assert_same_tree(source, &restored);
+        std::fs::remove_dir_all(&restored).expect("removed");
     }
 
     /// What `snapshots --json` lists, oldest first.
