@@ -67,6 +67,13 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// Brings these ranges, and nothing beside them, to where reading them needs no waiting, many at a
+    /// time; returns when they are there. What could not be brought is read, and its error told, later.
+    /// Only a device with a memory of its own can.
+    fn fetch(&self, ranges: &[Range<u64>]) {
+        let _ = ranges;
+    }
+
     /// Takes as much from the start of a write as needs no waiting, and gives how many bytes that
     /// were; [`Device::write_all_at`] is for the rest, and has the errors.
     fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
@@ -103,6 +110,9 @@ impl<D: Device + ?Sized> Device for Arc<D> {
     }
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> bool {
         (**self).read_at_once(buf, offset)
+    }
+    fn fetch(&self, ranges: &[Range<u64>]) {
+        (**self).fetch(ranges)
     }
     fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
         (**self).write_at_once(data, offset)

@@ -1,5 +1,7 @@
 //! Restores real trees on real filesystems, and lets rsync judge whether the copy is the original.
 
+#[path = "restore/ahead.rs"]
+mod ahead;
 #[path = "restore/odd.rs"]
 mod odd;
 #[path = "restore/support.rs"]

@@ -133,6 +133,8 @@ impl Tree {
             _ => self.borg(rig, rtt, job, &cold),
         };
         command.stdout(File::create(&listing).expect("a file"));
+        // Nobody pays for what the one before has left to be written.
+        rustix::fs::sync();
         let (before, began) = (rig.sent_by_server(), Instant::now());
         patiently(&mut command);
         report.add(what, rtt, who, "seconds", began.elapsed().as_secs_f64());

@@ -6,21 +6,22 @@ use std::collections::HashMap;
 use std::io::Write;
 
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::restore::{Content, FileKind, Filesystem, Metadata, Node, Piece, Tree};
+use crate::restore::{Ahead, Content, FileKind, Filesystem, Metadata, Node, Piece, Tree};
 
 /// The unit of the format, in bytes.
 const BLOCK: usize = 512;
 /// Read and written at once.
 const PIECE: usize = 256 << 10;
 
-/// Writes a tree, all names below `prefix`. `reached` hears of each inode whose content is next. What cannot be read is told to `trouble`, and left out;
-/// a file that breaks off in the middle is filled with zeros, for its size was already said.
+/// Writes a tree, all names below `prefix`, as `ahead` has it fetched. What cannot be read is told to
+/// `trouble`, and left out; a file that breaks off in the middle is filled with zeros, for its size was
+/// already said.
 pub fn write_tar(
     filesystem: &Filesystem,
     tree: &Tree,
     prefix: &[u8],
     out: &mut dyn Write,
-    reached: &dyn Fn(u32),
+    ahead: &Ahead,
     trouble: &mut dyn FnMut(&[u8], Error),
 ) -> Result<()> {
     let attempt = || "write the archive";
@@ -36,6 +37,7 @@ pub fn write_tar(
         let Some(metadata) = tree.metadata(node) else {
             continue; // among the troubles of the tree
         };
+        ahead.await_inode(tree.inode(node));
         let linked = first_names.get(&metadata.inode).cloned();
         let entry = match entry(filesystem, tree, node, &path, &metadata, linked) {
             Ok(entry) => entry,
@@ -48,11 +50,8 @@ pub fn write_tar(
         if metadata.links > 1 && metadata.kind != FileKind::Directory && entry.kind != b'1' {
             first_names.insert(metadata.inode, path.clone());
         }
-        if entry.size > 0 {
-            reached(tree.inode(node));
-        }
         if entry.size > 0
-            && let Err(error) = content(filesystem, tree.inode(node), entry.size, out)?
+            && let Err(error) = content(filesystem, ahead, tree.inode(node), entry.size, out)?
         {
             trouble(&path, error);
         }
@@ -216,6 +215,7 @@ fn decimal(seconds: i64, nanoseconds: u32) -> String {
 /// Writes exactly `size` bytes. The outer error is of the archive, the inner one of the file.
 fn content(
     filesystem: &Filesystem,
+    ahead: &Ahead,
     inode: u32,
     size: u64,
     out: &mut dyn Write,
@@ -235,7 +235,7 @@ fn content(
         Ok(())
     };
     let inode = filesystem.inode(inode);
-    let opened = inode.and_then(|inode| filesystem.content(&inode));
+    let opened = inode.and_then(|inode| Ok(ahead.follow(&inode, filesystem.content(&inode)?)));
     match opened {
         Err(error) => result = Err(error),
         Ok(mut content) => {

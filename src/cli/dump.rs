@@ -7,7 +7,7 @@ use crate::cli::args::ImageArgs;
 use crate::cli::key::KeyArgs;
 use crate::cli::look::{Look, What, joined, tell_trouble, tell_troubles};
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::restore::{Ahead, FileKind, Tree, Wanted};
+use crate::restore::{Ahead, Plan};
 
 /// Write a path of a snapshot to standard output as a tar archive
 ///
@@ -47,7 +47,7 @@ pub fn run(args: Args) -> Result<Ending> {
     }
     let look = Look::open(&args.image, &args.key).attempt(doing)?;
     let tree = look.tree(&what, None).attempt(doing)?;
-    let ahead = Ahead::start(&look.filesystem, in_order(&tree));
+    let ahead = Ahead::start(&look.filesystem, Plan::of_archive(&tree));
     let prefix = what
         .path
         .split(|byte| *byte == b'/')
@@ -60,28 +60,15 @@ pub fn run(args: Args) -> Result<Ending> {
         ending = Ending::Warnings;
     };
     let prefix = prefix.unwrap_or_default();
-    let reached = |inode| ahead.reached(inode);
     browse::write_tar(
         &look.filesystem,
         &tree,
         prefix,
         &mut out,
-        &reached,
+        &ahead,
         &mut trouble,
     )
     .attempt(doing)?;
     out.flush().attempt(doing)?;
     Ok(ending)
-}
-
-/// The files with content, in the order in which they are written.
-fn in_order(tree: &Tree) -> Vec<Wanted> {
-    let files = tree.walk().filter_map(|node| {
-        let metadata = tree.metadata(node)?;
-        (metadata.kind == FileKind::Regular && metadata.size > 0).then_some(Wanted {
-            inode: tree.inode(node),
-            size: metadata.size,
-        })
-    });
-    files.collect()
 }

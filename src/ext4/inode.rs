@@ -144,6 +144,10 @@ impl Inode {
         self.mode & 0o17_0000 == Self::DIRECTORY
     }
 
+    pub fn is_regular(&self) -> bool {
+        self.mode & 0o17_0000 == Self::REGULAR
+    }
+
     /// Major and minor number of a device file.
     pub fn device(&self) -> (u32, u32) {
         let (old, new) = (u32_at(&self.root, 0), u32_at(&self.root, 4));

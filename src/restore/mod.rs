@@ -44,7 +44,7 @@ pub use outcome::{Failure, LISTED_MAX, Listed, Outcome};
 pub use source::{Attribute, Content, Entry, FileKind, HERE, Metadata, Piece, Source, Time};
 pub use target::TEMPORARY_PREFIX;
 pub use unmounted::{
-    Ahead, FileContent, Filesystem, Node, ROOT, Tree, Trouble, UnmountedTree, Wanted, metadata,
+    Ahead, FileContent, Filesystem, Node, Plan, ROOT, Tree, Trouble, UnmountedTree, metadata,
 };
 pub use verify::verify;
 

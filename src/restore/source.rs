@@ -31,6 +31,12 @@ pub struct Entry {
     pub inode: u64,
 }
 
+/// Sorts what is in a directory for who takes the last one next: in the order of the inodes, as the
+/// inode tables are read from the server.
+pub fn sort_for_popping(entries: &mut [Entry]) {
+    entries.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.inode));
+}
+
 /// A point in time: seconds since 1970 (negative before), and nanoseconds after that second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Time {

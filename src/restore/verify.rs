@@ -14,7 +14,7 @@ use super::Options;
 use super::descent::{Descent, check_name, open_at, show};
 use super::ends::{Start, landing};
 use super::outcome::{Failure, Listed};
-use super::source::{Entry, FileKind, Metadata, Piece, Source};
+use super::source::{Entry, FileKind, Metadata, Piece, Source, sort_for_popping};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::progress::{Event, Monitor};
 
@@ -92,7 +92,7 @@ impl Verifier<'_> {
         if start.lookup != super::HERE {
             self.source.enter(&start.lookup)?;
         }
-        let mut levels = vec![self.source.list()?];
+        let mut levels = vec![self.list()?];
         while let Some(level) = levels.last_mut() {
             if self.options.stop.load(Ordering::Relaxed) {
                 return Err(Error::new(Kind::Interrupted, "stopped on request"));
@@ -144,7 +144,7 @@ impl Verifier<'_> {
             self.way.leave()?;
             return Err(error);
         }
-        match self.source.list() {
+        match self.list() {
             Ok(entries) => Ok(Some(entries)),
             Err(error) => {
                 self.way.leave()?;
@@ -152,6 +152,12 @@ impl Verifier<'_> {
                 Err(error)
             }
         }
+    }
+
+    fn list(&mut self) -> Result<Vec<Entry>> {
+        let mut entries = self.source.list()?;
+        sort_for_popping(&mut entries);
+        Ok(entries)
     }
 
     fn file(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<()> {

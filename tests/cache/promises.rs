@@ -187,6 +187,70 @@ fn at_once_is_what_needs_no_waiting() {
     assert!(state.durable[MIB as usize..2 << 20] == data);
 }
 
+/// A fetch on demand brings what it was asked for, at the same time, and no neighbours.
+#[test]
+#[allow(clippy::reversed_empty_ranges)] // what is no range
+fn what_is_fetched_is_there_and_nothing_beside_it() {
+    let below = Below::new(8 * MIB, Duration::from_millis(20));
+    let cache = cache(&below, 4 * MIB);
+    let block = BLOCK as u64;
+    let wanted = [
+        3 * block..5 * block,
+        MIB..MIB + 1,
+        2 * MIB..3 * MIB + 100,
+        7 * MIB..7 * MIB,
+    ];
+    cache.fetch(&wanted);
+    assert!(below.state.lock().unwrap().most_in_flight >= 3);
+    let mut fetched: Vec<u64> = Vec::new();
+    for (_, range) in &below.state.lock().unwrap().log {
+        fetched.extend((range.start / block)..(range.end / block));
+    }
+    fetched.sort_unstable();
+    let expected: Vec<u64> = [3..5, 256..257, 512..769].into_iter().flatten().collect();
+    assert_eq!(fetched, expected);
+    let expected = below.data();
+    let at_once = |offset: u64, length: usize| {
+        let mut found = vec![0; length];
+        let is_here = cache.read_at_once(&mut found, offset);
+        is_here && found == expected[offset as usize..][..length]
+    };
+    assert!(at_once(3 * block, 2 * BLOCK) && at_once(2 * MIB, (1 << 20) + BLOCK));
+    assert!(!at_once(5 * block, 1) && !at_once(2 * block, 1) && !at_once(2 * MIB - 1, 1));
+
+    let before = below.count(Io::Read);
+    cache.fetch(&wanted);
+    assert_eq!(below.count(Io::Read), before, "it is here");
+    // More than the cache holds, what is no range, and what is beyond the end.
+    cache.fetch(&[0..8 * MIB, 2 * MIB..MIB, 8 * MIB..9 * MIB, 0..u64::MAX]);
+    assert!(read(&cache, 0, 1 << 20) == expected[..1 << 20]);
+}
+
+#[test]
+#[allow(clippy::single_range_in_vec_init)] // sets of ranges, one with one
+fn what_was_here_when_it_was_wanted_stays_until_it_is_read() {
+    let below = Below::new(8 * MIB, Duration::ZERO);
+    let cache = cache(&below, 4 * MIB);
+    cache.fetch(&[0..4 * MIB]);
+    cache.fetch(&[0..MIB]);
+    cache.fetch(&[4 * MIB..6 * MIB]);
+    let mut found = vec![0; 1 << 20];
+    assert!(cache.read_at_once(&mut found, 0));
+    assert!(!cache.read_at_once(&mut found, MIB), "something had to go");
+}
+
+#[test]
+#[allow(clippy::single_range_in_vec_init)] // sets of ranges, one with one
+fn a_fetch_that_fails_is_told_to_who_reads() {
+    let below = Below::new(MIB, Duration::ZERO);
+    let cache = cache(&below, MIB);
+    below.fail(|io, range| (io == Io::Read && range.contains(&40_960)).then_some(Kind::Corrupt));
+    cache.fetch(&[0..MIB]);
+    assert!(read(&cache, 0, 40_960) == below.data()[..40_960]);
+    let error = cache.read_exact_at(&mut [0; 10], 41_000).unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt);
+}
+
 // ---- failures --------------------------------------------------------------------------------------
 
 #[test]

@@ -21,19 +21,19 @@ use crate::support::{
     KEEP, REPLACE, Scratch, assert_whole, differences, equipped, errors, run, set_attribute, write,
 };
 
-const TOOLS: &[&str] = &["rsync", "setfacl", "mount", "umount"];
+pub const TOOLS: &[&str] = &["rsync", "setfacl", "mount", "umount"];
 
-fn shell(script: &str) {
+pub fn shell(script: &str) {
     run(Command::new("sh")
         .args(["-euc", script])
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"));
 }
 
 /// A filesystem of the kernel's, unmounted however the test ends.
-struct Mounted(PathBuf);
+pub struct Mounted(pub PathBuf);
 
 impl Mounted {
-    fn new(image: &Path, at: PathBuf, options: &str) -> Mounted {
+    pub fn new(image: &Path, at: PathBuf, options: &str) -> Mounted {
         fs::create_dir_all(&at).expect("mkdir");
         shell(&format!(
             "timeout 60 mount -o loop,noinit_itable,{options} {} {}",
@@ -45,7 +45,7 @@ impl Mounted {
 
     /// Unmounts, and copies the image to where nobody else's copy of the mount can reach it: a
     /// mount namespace that some other test makes meanwhile keeps the filesystem alive.
-    fn settle(self, image: &Path, to: &Path) {
+    pub fn settle(self, image: &Path, to: &Path) {
         shell(&format!("timeout 60 sync -f {}", self.0.display()));
         drop(self);
         copy_image(image, to);

@@ -12,9 +12,7 @@ use super::sum::Sum;
 use crate::browse::{Pattern, Selection};
 use crate::cli::look::{Look, What, joined};
 use crate::error::{Attempt, Result};
-use crate::restore::{
-    self, Ahead, FileKind, HardLinks, Node, Options, Tree, UnmountedTree, Wanted,
-};
+use crate::restore::{self, Ahead, FileKind, HardLinks, Node, Options, Plan, Tree, UnmountedTree};
 use crate::snapshot::Id;
 use crate::ui::Terminal;
 
@@ -86,8 +84,8 @@ impl Job<'_> {
             self.pretend(tree, selection, node, from);
             return Ok(());
         }
-        let order = in_order(tree, selection, node);
-        let bytes = order.iter().map(|file| file.size).sum();
+        let plan = Plan::of_copy(tree, node, |node| selection.wants(node));
+        let (files, bytes) = totals(tree, selection, node);
         let wants = |path: &[u8]| {
             let mut at = Some(node);
             for name in path.split(|byte| *byte == b'/') {
@@ -99,12 +97,12 @@ impl Job<'_> {
         let options = Options {
             overwrite: args.overwrite(),
             wants: Some(&wants),
-            totals: Some((count(tree, selection, node), bytes)),
+            totals: Some((files, bytes)),
             stop: self.stop,
         };
         let from = PathBuf::from(OsString::from_vec(from.to_vec()));
         let source = || {
-            let ahead = Ahead::start(filesystem, order.clone());
+            let ahead = Ahead::start(filesystem, plan.clone());
             UnmountedTree::new(Arc::clone(filesystem), self.root).with_ahead(ahead)
         };
         let dest = &args.destination;
@@ -122,36 +120,18 @@ impl Job<'_> {
     }
 }
 
-/// Files with content in the order in which the copier comes to them: by their inodes, each
-/// directory's when its turn comes.
-fn in_order(tree: &Tree, selection: &Selection, top: Node) -> Vec<Wanted> {
-    let mut files = Vec::new();
+/// How many names that are no directories will be made, and the bytes that they show.
+fn totals(tree: &Tree, selection: &Selection, top: Node) -> (u64, u64) {
+    let (mut files, mut bytes) = (0, 0);
     let mut stack = vec![top];
     while let Some(node) = stack.pop() {
         if !selection.wants(node) {
             continue;
         }
-        let mut children: Vec<Node> = tree.children(node).collect();
-        children.sort_by_key(|child| std::cmp::Reverse(tree.inode(*child)));
-        stack.extend(children);
+        files += u64::from(!tree.is_directory(node));
         let regular = tree.metadata(node).filter(|m| m.kind == FileKind::Regular);
-        files.extend(regular.filter(|m| m.size > 0).map(|metadata| Wanted {
-            inode: tree.inode(node),
-            size: metadata.size,
-        }));
+        bytes += regular.map_or(0, |metadata| metadata.size);
+        stack.extend(tree.children(node));
     }
-    files
-}
-
-/// How many names that are no directories will be made.
-fn count(tree: &Tree, selection: &Selection, top: Node) -> u64 {
-    let mut files = 0;
-    let mut stack = vec![top];
-    while let Some(node) = stack.pop() {
-        if selection.wants(node) {
-            files += u64::from(!tree.is_directory(node));
-            stack.extend(tree.children(node));
-        }
-    }
-    files
+    (files, bytes)
 }

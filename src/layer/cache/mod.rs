@@ -271,6 +271,12 @@ impl Device for Cache {
             && self.shared.read_at_once(buf, offset)
     }
 
+    fn fetch(&self, ranges: &[Range<u64>]) {
+        if let Ok(_gate) = self.enter() {
+            self.shared.fetch_all(ranges);
+        }
+    }
+
     /// Takes blocks as long as there is room, and none of them has to be fetched first.
     fn write_at_once(&self, data: &[u8], offset: u64) -> usize {
         let gate = self.enter_at_once();

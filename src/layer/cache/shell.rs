@@ -202,6 +202,40 @@ impl Shared {
         true
     }
 
+    /// Has the workers fetch what of these is absent, and waits for it.
+    pub fn fetch_all(&self, ranges: &[Range<u64>]) {
+        let size = self.size();
+        let mut made = Vec::new();
+        let mut guard = lock(&self.state);
+        for range in ranges.iter().filter(|range| range.end <= size) {
+            let length = range.end.saturating_sub(range.start) as usize;
+            let Range { start: mut at, end } = blocks_of(range.start, length);
+            // What is here and was used before would go first.
+            guard.table.spare(at..end);
+            while at < end {
+                if guard.table.room_ahead() == 0 {
+                    guard = self.wait(guard);
+                    continue;
+                }
+                let state = &mut *guard;
+                let fetches = state.table.ahead(at..end);
+                at = fetches.last().map_or(end, |fetch| fetch.blocks().end);
+                made.extend(
+                    fetches
+                        .iter()
+                        .map(|fetch| (fetch.blocks().start, fetch.id())),
+                );
+                state.queue.extend(fetches);
+                self.nudge(state);
+            }
+        }
+        for (block, fetch) in made {
+            while guard.table.is_fetching(block, fetch) {
+                guard = self.wait(guard);
+            }
+        }
+    }
+
     /// Waits for another thread's fetch. Its failure is passed on if it is the link's; if it is
     /// the data's, these may be another block's, so this one is then fetched alone.
     fn await_fetch<'a>(

@@ -142,6 +142,12 @@ impl Slots {
         }
     }
 
+    /// The block in this frame will be read soon: the clock's hand leaves it where it is, once.
+    pub fn spare(&mut self, frame: Frame) {
+        self.touch(frame);
+        self.slots[frame.index()].referenced = true;
+    }
+
     /// A frame for a block that has none, in Free until it [enters](Slots::enter) a state.
     pub fn allocate(&mut self, block: u64) -> Option<Frame> {
         let fresh = Slot {

@@ -287,6 +287,17 @@ impl Table {
         fetches
     }
 
+    /// Keeps those of these blocks that are here until they are read, or for a round of the clock.
+    pub fn spare(&mut self, blocks: Range<u64>) {
+        for block in blocks {
+            if let Some((frame, slot)) = self.slots.find(block)
+                && !matches!(slot.state, State::Fetching(_))
+            {
+                self.slots.spare(frame);
+            }
+        }
+    }
+
     fn take(&mut self, block: u64, fetch: FetchId) -> bool {
         if self.is_present(block) {
             return false;

@@ -18,6 +18,7 @@ enum Step {
     Write { block: u64, whole: bool },
     Fetch { block: u64, window: u64 },
     Ahead { block: u64, length: u64 },
+    Spare(Range<u64>),
     Send,
     EndFetch { which: usize, ok: bool },
     EndSend { which: usize, ok: bool },
@@ -37,6 +38,7 @@ fn step() -> impl Strategy<Value = Step> {
         8 => (block(), any::<bool>()).prop_map(|(block, whole)| Step::Write { block, whole }),
         3 => (block(), 1..6_u64).prop_map(|(block, window)| Step::Fetch { block, window }),
         1 => (block(), 1..12_u64).prop_map(|(block, length)| Step::Ahead { block, length }),
+        1 => (block(), 1..12_u64).prop_map(|(at, length)| Step::Spare(at..at + length)),
         6 => Just(Step::Send),
         5 => (any::<usize>(), prop::bool::weighted(0.9))
             .prop_map(|(which, ok)| Step::EndFetch { which, ok }),
@@ -131,6 +133,7 @@ impl World {
                     self.begin(fetch);
                 }
             }
+            Step::Spare(blocks) => self.table.spare(blocks),
             Step::Send => self.send(),
             Step::EndFetch { which, ok } => self.end_fetch(which, ok),
             Step::EndSend { which, ok } => self.end_send(which, ok),

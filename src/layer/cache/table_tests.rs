@@ -278,6 +278,24 @@ fn a_block_read_twice_outlives_one_read_once() {
 }
 
 #[test]
+fn what_is_spared_outlives_what_is_fetched_after_it() {
+    let mut table = Table::new(LIMITS);
+    for block in 0..16 {
+        table.bring(block);
+    }
+    table.spare(2..4);
+    for block in 100..114 {
+        table.bring(block);
+    }
+    assert!((2..4).all(|block| table.is_present(block)));
+    assert!(!(4..16).any(|block| table.is_present(block)));
+    for block in 200..204 {
+        table.bring(block);
+    }
+    assert!(!table.is_present(2), "not for good");
+}
+
+#[test]
 fn a_fetch_takes_the_absent_neighbours_up_to_a_run() {
     let mut table = Table::new(LIMITS);
     table.bring(4);

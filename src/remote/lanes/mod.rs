@@ -299,11 +299,21 @@ impl Drop for Lanes {
         drop(state);
         self.shared.watch.notify_all();
         self.shared.changed.notify_all();
-        drop(sessions);
+        drop_all(sessions);
         if let Some(watcher) = self.watcher.take() {
             let _ = watcher.join(); // a panic there has been reported there
         }
     }
+}
+
+/// Lets go of sessions at the same time: each takes a round trip, or as long as a silent server is given.
+fn drop_all(sessions: Vec<Arc<Session>>) {
+    thread::scope(|scope| {
+        for session in sessions {
+            // Without a thread it is dropped here.
+            let _ = thread::Builder::new().spawn_scoped(scope, move || drop(session));
+        }
+    });
 }
 
 impl State {

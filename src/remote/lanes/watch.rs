@@ -10,7 +10,7 @@ use tracing::{debug, info, warn};
 use super::super::engine::Engine;
 use super::super::files::Files;
 use super::super::growth::Sample;
-use super::{LOOK_EVERY_IDLE, Proof, Session, Shared, State};
+use super::{LOOK_EVERY_IDLE, Proof, Session, Shared, State, drop_all};
 use crate::error::{Error, Kind, Told};
 use crate::link::Occasion;
 use crate::units::show_duration;
@@ -39,7 +39,7 @@ impl Shared {
                 drop(state);
                 // Somebody may still know it: it is over for them, too.
                 ended.iter().for_each(|session| session.files.engine.end());
-                drop(ended); // joins its threads
+                drop_all(ended); // joins their threads
                 dead.iter().for_each(|session| self.lost(session));
                 state = self.lock();
                 continue;
@@ -57,12 +57,10 @@ impl Shared {
             let waited = self.watch.wait_timeout(state, nap);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let rest = (
-            std::mem::take(&mut state.ended),
-            std::mem::take(&mut state.sessions),
-        );
+        let mut rest = std::mem::take(&mut state.ended);
+        rest.append(&mut state.sessions);
         drop(state);
-        drop(rest);
+        drop_all(rest);
     }
 
     /// Has the number of sessions decided anew; whether there is traffic.

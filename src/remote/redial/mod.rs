@@ -186,6 +186,8 @@ impl Drop for Redial {
             let _ = flusher.join(); // a panic there has been reported there
         }
         self.shared.lanes.demand(&self.shared.demand, None);
+        // Each holds its session, and the last to let go of one waits for its end.
+        lock(&self.shared.handles).clear();
     }
 }
 

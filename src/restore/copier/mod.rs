@@ -6,7 +6,6 @@
 mod file; // anything but a directory
 mod told; // what is said of the run
 
-use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +18,7 @@ use super::descent::{Identity, check_name};
 use super::ends::{Start, landing};
 use super::hard_links::{HardLinks, Place};
 use super::outcome::Outcome;
-use super::source::{Attribute, Entry, FileKind, HERE, Metadata, Source};
+use super::source::{Attribute, Entry, FileKind, HERE, Metadata, Source, sort_for_popping};
 use super::target::Target;
 use crate::error::{Error, Kind, Result};
 use crate::progress::{Event, Monitor};
@@ -185,8 +184,7 @@ impl Copier<'_> {
                 return Err(error.into());
             }
         };
-        // In the order of the inodes, as the inode tables are read from the server; from the end.
-        entries.sort_unstable_by_key(|entry| Reverse(entry.inode));
+        sort_for_popping(&mut entries);
         let place = match name {
             Some(name) => self.links.add_directory(above, name),
             None => above,

@@ -207,6 +207,11 @@ pub struct FileContent<'a> {
 }
 
 impl FileContent<'_> {
+    /// Where the next piece begins.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
     /// Goes on reading from here. A position beyond the end reads nothing.
     pub fn seek(&mut self, position: u64) {
         self.position = position;

@@ -50,7 +50,7 @@ impl UnmountedTree {
         }
     }
 
-    /// Data are read ahead by it from now on.
+    /// What is used next is fetched by it from now on.
     pub fn with_ahead(self, ahead: Ahead) -> UnmountedTree {
         UnmountedTree {
             ahead: Some(ahead),
@@ -92,6 +92,9 @@ impl UnmountedTree {
         if let Some(inode) = self.last.as_ref().filter(|inode| inode.number == number) {
             return Ok(inode.clone());
         }
+        if let Some(ahead) = &self.ahead {
+            ahead.await_inode(number);
+        }
         let inode = self.filesystem.inode(number)?;
         self.last = Some(inode.clone());
         Ok(inode)
@@ -131,6 +134,9 @@ impl Source for UnmountedTree {
 
     fn list(&mut self) -> Result<Vec<Entry>> {
         let inode = self.inode(HERE)?;
+        if let Some(ahead) = &self.ahead {
+            ahead.await_names(&inode);
+        }
         let entries = self
             .filesystem
             .list(&inode)
@@ -141,8 +147,10 @@ impl Source for UnmountedTree {
             let number = u32::try_from(entry.inode).unwrap_or(0);
             names.entry(entry.name.clone()).or_insert(number);
         }
-        let numbers: Vec<u32> = names.values().copied().collect();
-        self.filesystem.fetch_inodes(&numbers);
+        if self.ahead.is_none() {
+            let numbers: Vec<u32> = names.values().copied().collect();
+            self.filesystem.fetch_inodes(&numbers);
+        }
         self.here().names = Some(names);
         Ok(entries)
     }
@@ -174,9 +182,10 @@ impl Source for UnmountedTree {
             let what = format!("{} is no regular file", show(name));
             return Err(Error::new(Kind::Corrupt, what));
         }
-        if let Some(ahead) = &self.ahead {
-            ahead.reached(inode.number);
+        let content = self.filesystem.content(&inode)?;
+        match &self.ahead {
+            Some(ahead) => Ok(Box::new(ahead.follow(&inode, content))),
+            None => Ok(Box::new(content)),
         }
-        Ok(Box::new(self.filesystem.content(&inode)?))
     }
 }

@@ -2,8 +2,6 @@
 //! a time. Nothing here can fail: what could not be fetched is read, and its error told, later.
 
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 
 use super::Filesystem;
 use super::content::Map;
@@ -11,10 +9,6 @@ use crate::ext4::{Format, Inode};
 
 /// Ranges this close to each other are fetched as one, in bytes.
 const GAP: u64 = 32 << 10;
-/// The longest single read, in bytes.
-const RUN: u64 = 512 << 10;
-/// Reads at the same time; 16 of 512 KiB are 8 MiB, which a round trip of 50 ms brings at 160 MB/s.
-const AT_ONCE: usize = 16;
 /// Inodes of one call: even if each lies alone they fit into the cache.
 const INODES: usize = 4096;
 /// Of a directory or file, as much is fetched; a larger one is read in order anyway.
@@ -25,33 +19,11 @@ pub(super) const NAMES: u64 = 4 << 20;
 impl Filesystem {
     /// Fetches these ranges of the volume, in bytes.
     pub(super) fn fetch(&self, ranges: Vec<Range<u64>>) {
-        let end = self.device.size();
-        let mut runs = runs(ranges, end);
+        let runs = runs(ranges, self.device.size());
         if runs.len() < 2 && runs.iter().all(|run| run.end - run.start <= GAP) {
             return; // reading it does as well
         }
-        runs.reverse();
-        let threads = runs.len().min(AT_ONCE);
-        let runs = Mutex::new(runs);
-        let work = || {
-            let mut scratch = Vec::new();
-            loop {
-                let next = runs.lock().unwrap_or_else(PoisonError::into_inner).pop();
-                let Some(run) = next else { return };
-                scratch.resize((run.end - run.start) as usize, 0);
-                if let Err(error) = self.device.read_exact_at(&mut scratch, run.start) {
-                    tracing::debug!(?run, %error, "not fetched ahead");
-                    return;
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                // Fewer threads do as well.
-                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
-            }
-            work();
-        });
+        self.device.fetch(&runs);
     }
 
     /// Fetches what [`Filesystem::inode`] will read for each of these.
@@ -76,26 +48,31 @@ impl Filesystem {
 
     /// Fetches the beginning of what these hold: names or data.
     pub fn fetch_content<'i>(&self, inodes: impl Iterator<Item = &'i Inode>) {
-        let ranges = inodes.flat_map(|inode| self.places(inode, 0, EACH_MAX));
-        self.fetch(ranges.collect());
+        self.fetch_parts(inodes.map(|inode| (inode, 0..EACH_MAX)));
     }
 
-    /// Fetches part of what a file or directory holds, from a block of it on.
-    pub(super) fn fetch_part(&self, inode: &Inode, block: u64, bytes: u64) {
-        self.fetch(self.places(inode, block, bytes));
-    }
-
-    /// Where these bytes of a file or directory are on the volume.
-    fn places(&self, inode: &Inode, from: u64, bytes: u64) -> Vec<Range<u64>> {
-        let size = self.superblock.block_size;
+    /// Fetches some bytes of what each of these holds, and its attributes.
+    pub(super) fn fetch_parts<'i>(&self, parts: impl Iterator<Item = (&'i Inode, Range<u64>)>) {
         let mut ranges = Vec::new();
-        if matches!(inode.format, Format::Inline | Format::ShortLink) {
-            return ranges;
+        for (inode, bytes) in parts {
+            let size = self.superblock.block_size;
+            let attributes = inode.attribute_block.saturating_mul(size);
+            if attributes > 0 {
+                ranges.push(attributes..attributes.saturating_add(size));
+            }
+            self.places(inode, bytes, &mut ranges);
         }
-        let end = inode
-            .size
-            .min(from.saturating_mul(size).saturating_add(bytes));
-        let (mut block, end) = (from, end.div_ceil(size));
+        self.fetch(ranges);
+    }
+
+    /// Adds where these bytes of a file or directory are on the volume.
+    fn places(&self, inode: &Inode, bytes: Range<u64>, ranges: &mut Vec<Range<u64>>) {
+        let size = self.superblock.block_size;
+        if matches!(inode.format, Format::Inline | Format::ShortLink) {
+            return;
+        }
+        let mut block = bytes.start / size;
+        let end = bytes.end.min(inode.size).div_ceil(size);
         while block < end {
             let Ok(run) = Map::new(self, inode).at(block) else {
                 break;
@@ -106,11 +83,10 @@ impl Filesystem {
             }
             block += length;
         }
-        ranges
     }
 }
 
-/// Sorts, joins what is close, and cuts what is long.
+/// Sorts, and joins what is close.
 fn runs(mut ranges: Vec<Range<u64>>, end: u64) -> Vec<Range<u64>> {
     ranges.retain(|range| range.start < range.end && range.end <= end);
     ranges.sort_unstable_by_key(|range| range.start);
@@ -121,11 +97,7 @@ fn runs(mut ranges: Vec<Range<u64>>, end: u64) -> Vec<Range<u64>> {
             _ => joined.push(range),
         }
     }
-    let cut = |range: Range<u64>| {
-        let starts = (range.start..range.end).step_by(RUN as usize);
-        starts.map(move |start| start..(start + RUN).min(range.end))
-    };
-    joined.into_iter().flat_map(cut).collect()
+    joined
 }
 
 #[cfg(test)]
@@ -134,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_close_is_one_run_and_what_is_long_is_cut() {
+    fn what_is_close_is_one_run() {
         let k = |n: u64| n << 10;
         let ranges = vec![
             k(100)..k(101),
@@ -148,7 +120,5 @@ mod tests {
             [k(0)..k(24), k(100)..k(101)],
             "what reaches beyond the end is left out"
         );
-        let long = runs(vec![0..k(1100)], k(2000));
-        assert_eq!(long, [0..k(512), k(512)..k(1024), k(1024)..k(1100)]);
     }
 }

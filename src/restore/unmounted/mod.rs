@@ -25,7 +25,7 @@ use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4::{self, Fault, Group, Inode, Superblock};
 
-pub use ahead::{Ahead, Wanted};
+pub use ahead::{Ahead, Plan};
 pub use content::FileContent;
 pub use cursor::UnmountedTree;
 pub use tree::{Node, Tree, Trouble};

@@ -80,7 +80,8 @@ impl Filesystem {
         let mut fetched = 0;
         while number < blocks {
             if number >= fetched {
-                self.fetch_part(directory, number, NAMES);
+                let from = number * size;
+                self.fetch_parts(std::iter::once((directory, from..from + NAMES)));
                 fetched = number + NAMES / size;
             }
             let run = map.at(number)?;
