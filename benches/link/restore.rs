@@ -48,6 +48,10 @@ pub fn compare(rig: &Rig, trips: &[u64], report: &mut Report) {
             false => "each tool's default, which for e2ebak takes two seconds of every figure",
         }
     ));
+    report.note(
+        "where the time and the bytes go: [performance.md](performance.md), reading snapshots from afar"
+            .into(),
+    );
     for &rtt in trips {
         for number in 0..rig.args.runs() {
             eprintln!("-- {rtt} ms, run {} of {}", number + 1, rig.args.runs());

@@ -1,5 +1,6 @@
 use std::ffi::OsString;
 use std::io::{BufWriter, IsTerminal, Write};
+use std::sync::Arc;
 
 use crate::browse;
 use crate::cli::Ending;
@@ -47,7 +48,7 @@ pub fn run(args: Args) -> Result<Ending> {
     }
     let look = Look::open(&args.image, &args.key).attempt(doing)?;
     let tree = look.tree(&what, None).attempt(doing)?;
-    let ahead = Ahead::start(&look.filesystem, Plan::of_archive(&tree));
+    let ahead = Ahead::start(&look.filesystem, Arc::new(Plan::of_archive(&tree)));
     let prefix = what
         .path
         .split(|byte| *byte == b'/')

@@ -42,7 +42,7 @@ impl Image {
     fn tree(&self) -> UnmountedTree {
         let tree = Tree::load(&self.filesystem, ROOT, None).expect("a tree");
         let plan = Plan::of_copy(&tree, tree.root(), |_| true);
-        let ahead = Ahead::start(&self.filesystem, plan);
+        let ahead = Ahead::start(&self.filesystem, Arc::new(plan));
         UnmountedTree::new(Arc::clone(&self.filesystem), ROOT).with_ahead(ahead)
     }
 
@@ -148,13 +148,15 @@ fn a_plan_may_promise_what_is_not_there() {
         made.display()
     ));
     let image = Image::open(&made);
-    let mut plan = Plan::default();
-    plan.add(ROOT, 100 * MIB);
-    plan.add(4_000_000_000, 70);
-    plan.add(11, 1 << 62);
-    plan.add(ROOT, u64::MAX);
-    plan.add(12, 5);
-    let ahead = Ahead::start(&image.filesystem, plan);
+    let wanted = [
+        (ROOT, 100 * MIB),
+        (4_000_000_000, 70),
+        (11, 1 << 62),
+        (ROOT, u64::MAX),
+        (12, 5),
+    ];
+    let plan = Plan::new(wanted.into_iter());
+    let ahead = Ahead::start(&image.filesystem, Arc::new(plan));
     let mut root = image.filesystem.inode(ROOT).expect("the root");
     root.size = 100 * MIB;
     ahead.await_inode(ROOT);

@@ -84,7 +84,7 @@ impl Job<'_> {
             self.pretend(tree, selection, node, from);
             return Ok(());
         }
-        let plan = Plan::of_copy(tree, node, |node| selection.wants(node));
+        let plan = Arc::new(Plan::of_copy(tree, node, |node| selection.wants(node)));
         let (files, bytes) = totals(tree, selection, node);
         let wants = |path: &[u8]| {
             let mut at = Some(node);
@@ -102,7 +102,7 @@ impl Job<'_> {
         };
         let from = PathBuf::from(OsString::from_vec(from.to_vec()));
         let source = || {
-            let ahead = Ahead::start(filesystem, plan.clone());
+            let ahead = Ahead::start(filesystem, Arc::clone(&plan));
             UnmountedTree::new(Arc::clone(filesystem), self.root).with_ahead(ahead)
         };
         let dest = &args.destination;

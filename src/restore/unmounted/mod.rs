@@ -14,6 +14,7 @@ mod content;
 mod cursor;
 mod fetch;
 mod names;
+mod plan;
 mod recovery;
 mod tree;
 
@@ -25,9 +26,10 @@ use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::ext4::{self, Fault, Group, Inode, Superblock};
 
-pub use ahead::{Ahead, Plan};
+pub use ahead::Ahead;
 pub use content::FileContent;
 pub use cursor::UnmountedTree;
+pub use plan::Plan;
 pub use tree::{Node, Tree, Trouble};
 
 /// The inode of the root directory.
