@@ -34,6 +34,12 @@ pub fn ext4(data: &[u8]) {
         assert!(map.used <= map.size && map.size <= size as u64);
         assert!(e2ebak::ext4::without(&map.free, &map.live) == map.free);
     }
+    for raw in bytes.chunks(UNIT) {
+        let _ = e2ebak::ext4::HashTree::parse(raw);
+        for (is_root, hash) in [(true, 0), (true, u32::MAX), (false, 0), (false, 1 << 31)] {
+            let _ = e2ebak::ext4::next_block(raw, is_root, hash);
+        }
+    }
     if let Ok(filesystem) = Filesystem::open(memory.clone()) {
         walk(&filesystem);
     }

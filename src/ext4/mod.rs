@@ -12,6 +12,7 @@ mod checksum;
 mod directory;
 mod extent;
 mod files;
+mod hash_tree;
 mod inode;
 pub mod journal;
 mod journal_blocks;
@@ -25,6 +26,7 @@ pub use attribute::{Attribute, Value, block_attributes, inline_data, inode_attri
 pub use directory::{DirEntry, block_entries, inline_entries};
 pub use extent::{IN_INODE, Node, Run, Step, parse_node};
 pub use files::{Piece, pieces};
+pub use hash_tree::{HashTree, next_block};
 pub use inode::{Format, Inode, Stamp};
 pub use map::{Map, Read, map, size};
 pub use ranges::{Ranges, merged, without};

@@ -1,7 +1,7 @@
 //! The superblock, and where the group descriptors and through them the inodes are.
 
 use super::checksum::{crc32c, crc32c_without};
-use super::{Fault, array, damaged, u16_at, u32_at};
+use super::{Fault, array, damaged, hash_tree, u16_at, u32_at};
 
 const COMPAT_RESIZE_INODE: u32 = 0x10;
 const COMPAT_HAS_JOURNAL: u32 = 0x4;
@@ -10,6 +10,9 @@ const INCOMPAT_RECOVER: u32 = 0x4;
 const INCOMPAT_META_BG: u32 = 0x10;
 const INCOMPAT_64BIT: u32 = 0x80;
 const INCOMPAT_CSUM_SEED: u32 = 0x2000;
+
+/// `EXT2_FLAGS_UNSIGNED_HASH`.
+const FLAG_UNSIGNED_HASH: u32 = 0x2;
 
 const RO_COMPAT_SPARSE_SUPER: u32 = 0x1;
 const RO_COMPAT_METADATA_CSUM: u32 = 0x400;
@@ -58,6 +61,9 @@ pub struct Superblock {
     pub(super) blocks_per_group: u64,
     pub(super) inodes_per_group: u32,
     pub(super) descriptor_size: u64,
+    /// Of the hashes of names, and whether their letters are numbers without a sign.
+    pub(super) hash_seed: [u32; 4],
+    pub(super) hash_is_unsigned: bool,
     first_meta_group: Option<u64>,
     /// Blocks that descriptors may grow into.
     pub(super) reserved_descriptor_blocks: u64,
@@ -132,6 +138,8 @@ impl Superblock {
                 true => u64::from(u16_at(sb, 0xFE)),
                 false => 32,
             },
+            hash_seed: hash_tree::seed(sb),
+            hash_is_unsigned: u32_at(sb, 0x160) & FLAG_UNSIGNED_HASH != 0,
             first_meta_group: (incompat & INCOMPAT_META_BG != 0)
                 .then(|| u64::from(u32_at(sb, 0x104))),
             reserved_descriptor_blocks: match compat & COMPAT_RESIZE_INODE {

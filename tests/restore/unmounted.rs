@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use e2ebak::error::Result;
+use e2ebak::error::{Kind, Result};
 use e2ebak::layer::{Cache, cache};
 use e2ebak::progress::Silent;
 use e2ebak::remote::local::LocalStore;
@@ -477,4 +477,58 @@ fn one_file_of_a_large_directory_costs_no_other_inode() {
     let fetched = cache.stats().fetched_bytes;
     let inodes = FILES as u64 * 256;
     assert!(fetched < inodes / 2, "{fetched} bytes of {inodes}");
+}
+
+/// By every hash that the format knows, each name is found by a few blocks of a directory of hundreds.
+#[test]
+fn a_name_in_a_large_directory_is_found_by_its_index() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    const FILES: usize = 30_000;
+    let scratch = Scratch::new();
+    let (made, image) = (scratch.0.join("made"), scratch.0.join("image"));
+    // Small blocks, so that the tree has a level below its root.
+    shell(&format!(
+        "truncate -s 60M {0}; mkfs.ext4 -q -F -b 1024 -N 32768 {0} 2>/dev/null",
+        made.display()
+    ));
+    let mounted = Mounted::new(&made, scratch.0.join("mount"), "user_xattr");
+    let name = |i: usize| format!("Straße {i} {}", "ß".repeat(i % 9 * i % 14));
+    for i in 0..FILES {
+        File::create(mounted.0.join(name(i))).expect("a file");
+    }
+    mounted.settle(&made, &image);
+    for (algorithm, flags) in [("legacy", 1), ("half_md4", 1), ("tea", 1), ("half_md4", 2)] {
+        shell(&format!(
+            "tune2fs -E hash_alg={algorithm} {0} >/dev/null
+            debugfs -w -R 'ssv flags {flags}' {0} 2>/dev/null
+            e2fsck -fyD {0} >/dev/null || [ $? = 1 ]",
+            image.display()
+        ));
+        let device = LocalStore::new(&image).open(Access::ReadOnly);
+        let cache = Cache::new(device.expect("opens"), cache::Settings::default());
+        let cache = Arc::new(cache.expect("a cache"));
+        let filesystem = Filesystem::open(cache.clone()).expect("an ext4");
+        let root = filesystem.inode(ROOT).expect("the root");
+        assert!(root.has_index && root.size > 1 << 20, "{root:?}");
+        let listed = filesystem.list(&root).expect("a list");
+        let read = || {
+            let stats = cache.stats();
+            stats.hits + stats.misses
+        };
+        for i in (0..FILES).step_by(FILES / 50) {
+            let before = read();
+            let found = filesystem.lookup(&root, name(i).as_bytes());
+            let found = found.expect("is there");
+            let blocks = read() - before;
+            assert!(blocks < 20, "{algorithm} {flags}: {} by {blocks}", name(i));
+            let entry = listed.iter().find(|e| e.name == name(i).as_bytes());
+            assert_eq!(Some(u64::from(found)), entry.map(|entry| entry.inode));
+        }
+        for other in ["Straße", "Straße 30000 "] {
+            let error = filesystem.lookup(&root, other.as_bytes()).unwrap_err();
+            assert_eq!(error.kind(), Kind::NotFound);
+        }
+    }
 }

@@ -4,12 +4,15 @@ use super::Filesystem;
 use super::content::Map;
 use super::fetch::NAMES;
 use crate::error::{Attempt, Error, Kind, Result};
-use crate::ext4::{self, DirEntry, Fault, Format, Inode};
+use crate::ext4::{self, DirEntry, Fault, Format, HashTree, Inode};
 use crate::restore::descent::show;
 use crate::restore::source::{Entry, FileKind};
 
 /// Bytes of a directory; three million names of 30 bytes. What is larger is not believed.
 const DIRECTORY_MAX: u64 = 128 << 20;
+
+/// A directory of so many bytes is read whole in less time than its index takes round trips.
+const LISTED: u64 = 128 << 10;
 
 /// Symbolic links that one path may lead through (`MAXSYMLINKS` of Linux).
 const LINKS_MAX: u32 = 40;
@@ -30,8 +33,11 @@ impl Filesystem {
         Ok(found)
     }
 
-    /// The inode that a directory has under a name. Of two with the same name the first counts.
+    /// The inode that a directory has under a name.
     pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Result<u32> {
+        if let Some(inode) = self.lookup_by_index(directory, name) {
+            return Ok(inode);
+        }
         let mut inode = None;
         self.each_entry(directory, |entry| {
             if inode.is_none() && entry.name == name {
@@ -39,6 +45,29 @@ impl Filesystem {
             }
         })?;
         inode.ok_or_else(|| Error::new(Kind::NotFound, format!("there is no {}", show(name))))
+    }
+
+    /// The same by the directory's index, if it has one and that leads there.
+    fn lookup_by_index(&self, directory: &Inode, name: &[u8]) -> Option<u32> {
+        let by_extents = matches!(directory.format, Format::Extents | Format::Blocks);
+        if !directory.has_index || !by_extents || directory.size <= LISTED || directory.is_encrypted
+        {
+            return None;
+        }
+        let map = Map::new(self, directory);
+        let block = |number: u64| self.read_block(map.at(number).ok()?.start?).ok();
+        let mut raw = block(0)?;
+        let tree = HashTree::parse(&raw)?;
+        let hash = tree.hash(&self.superblock, name);
+        let mut number = ext4::next_block(&raw, true, hash)?;
+        for _ in 0..tree.levels {
+            raw = block(number)?;
+            number = ext4::next_block(&raw, false, hash)?;
+        }
+        raw = block(number)?;
+        let entries = ext4::block_entries(&self.superblock, directory, number, &raw).ok()?;
+        let entry = entries.into_iter().find(|entry| entry.name == name)?;
+        Some(entry.inode)
     }
 
     fn each_entry(&self, directory: &Inode, mut each: impl FnMut(&DirEntry<'_>)) -> Result<()> {
