@@ -11,7 +11,7 @@ use crate::restore::source::FileKind;
 /// What an inode counts for in the row, with the rest of the last block of what it holds.
 pub(super) const INODE: u64 = 4096;
 
-/// See the [module](self).
+/// What will be used, in the order of its use.
 #[derive(Debug, Default)]
 pub struct Plan {
     files: Vec<Planned>,
@@ -37,7 +37,7 @@ struct Planned {
 
 impl Plan {
     /// What a copy uses of a tree, from one of its directories or files down: each directory when its
-    /// turn comes, and its names in the order of [`sort_for_popping`](crate::restore::source::sort_for_popping).
+    /// turn comes, and its names in the order of `restore::source::sort_for_popping`.
     pub fn of_copy(tree: &Tree, top: Node, wants: impl Fn(Node) -> bool) -> Plan {
         let mut nodes = Vec::new();
         let mut stack = vec![top];
