@@ -48,8 +48,11 @@ impl Bench {
     }
 
     fn take(&self) -> Result<Outcome> {
-        let sources =
-            snapshot::resolve_sources(std::slice::from_ref(&self.source)).expect("resolved");
+        self.take_of(&self.source)
+    }
+
+    fn take_of(&self, source: &PathBuf) -> Result<Outcome> {
+        let sources = snapshot::resolve_sources(std::slice::from_ref(source)).expect("resolved");
         snapshot::take(&Job {
             root: &self.root,
             sources: &sources,
@@ -118,6 +121,19 @@ fn unchanged_files_are_hard_links_and_changed_ones_are_not() {
     let latest = fs::read_link(bench.root.join("latest")).expect("a link");
     assert_eq!(latest, Path::new("snapshots").join(&second.id));
     assert_eq!(bench.catalogue().complete.len(), 2);
+}
+
+#[test]
+fn a_run_of_other_sources_in_between_costs_no_full_copy() {
+    let bench = Bench::new();
+    let inside = bench.source.join("inside");
+    fs::create_dir(&inside).expect("made");
+    fs::write(inside.join("deep"), "deep").expect("written");
+    bench.take().expect("taken");
+    let part = bench.take_of(&inside).expect("taken").record;
+    assert_eq!(part.new_files, 0, "linked from a snapshot of other sources");
+    let again = bench.take().expect("taken").record;
+    assert_eq!(again.new_files, 0, "linked from the one before the last");
 }
 
 #[test]

@@ -37,7 +37,7 @@ pub fn write_tar(
         let Some(metadata) = tree.metadata(node) else {
             continue; // among the troubles of the tree
         };
-        ahead.await_inode(tree.inode(node));
+        ahead.await_inode(tree.inode(node))?;
         let linked = first_names.get(&metadata.inode).cloned();
         let entry = match entry(filesystem, tree, node, &path, &metadata, linked) {
             Ok(entry) => entry,

@@ -23,31 +23,31 @@ pub struct ImageArgs {
 }
 
 #[derive(Args)]
-#[command(next_help_heading = "Link")]
 pub struct LinkArgs {
     /// Log in with this private key
-    #[arg(short = 'i', long, value_name = "FILE")]
+    #[arg(help_heading = "Link", short = 'i', long, value_name = "FILE")]
     pub identity_file: Option<PathBuf>,
 
     /// Port of the server, where the location names none
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(help_heading = "Link", long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub ssh_port: Option<u16>,
 
     /// Configuration file for ssh instead of ~/.ssh/config
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = "Link", long, value_name = "FILE")]
     pub ssh_config: Option<PathBuf>,
 
     /// Pass an option to ssh as `ssh -o OPTION`; may be repeated
-    #[arg(long, value_name = "OPTION")]
+    #[arg(help_heading = "Link", long, value_name = "OPTION")]
     pub ssh_option: Vec<String>,
 
     /// Who speaks SSH
-    #[arg(long, value_name = "WHO", value_enum, default_value_t = SshArg::System)]
+    #[arg(help_heading = "Link", long, value_name = "WHO", value_enum, default_value_t = SshArg::System)]
     pub ssh: SshArg,
 
     /// Run this instead of ssh: its standard input and output must speak SFTP. Split into words
     /// as a shell does; no shell is run
     #[arg(
+        help_heading = "Link",
         long,
         value_name = "COMMAND",
         conflicts_with_all = ["ssh_option", "ssh_config", "ssh_port", "identity_file", "ssh"]
@@ -55,29 +55,29 @@ pub struct LinkArgs {
     pub ssh_command: Option<String>,
 
     /// Use this many SFTP channels, 1 to 8, instead of as many as the link asks for
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
+    #[arg(help_heading = "Link", long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
     pub channels: Option<u8>,
 
     /// How long a broken link is dialled again before the run fails: `90s`, `10m`, `2h`; 0 fails
     /// at the first break [default: 10m]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    #[arg(help_heading = "Link", long, value_name = "DURATION", value_parser = parse_duration)]
     pub io_deadline: Option<Duration>,
 
     /// How long what a broken connection had sent may still reach the server. The end of a run
     /// waits for it [default: 30s, and 5m after a connection that fell silent]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    #[arg(help_heading = "Link", long, value_name = "DURATION", value_parser = parse_duration)]
     pub late_writes: Option<Duration>,
 
     /// Move at most so many bytes per second in each direction: 20M, 500K, 2MB
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    #[arg(help_heading = "Link", long, value_name = "RATE", value_parser = parse_rate)]
     pub limit_rate: Option<u64>,
 
     /// The same for what is sent to the server
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    #[arg(help_heading = "Link", long, value_name = "RATE", value_parser = parse_rate)]
     pub limit_upload: Option<u64>,
 
     /// The same for what is fetched from it
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    #[arg(help_heading = "Link", long, value_name = "RATE", value_parser = parse_rate)]
     pub limit_download: Option<u64>,
 }
 

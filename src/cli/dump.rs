@@ -48,7 +48,8 @@ pub fn run(args: Args) -> Result<Ending> {
     }
     let look = Look::open(&args.image, &args.key).attempt(doing)?;
     let tree = look.tree(&what, None).attempt(doing)?;
-    let ahead = Ahead::start(&look.filesystem, Arc::new(Plan::of_archive(&tree)));
+    let plan = Arc::new(Plan::of_archive(&tree));
+    let ahead = Ahead::start(&look.filesystem, plan, Arc::default());
     let prefix = what
         .path
         .split(|byte| *byte == b'/')

@@ -17,8 +17,15 @@ use super::spawn::{Fate, prepare};
 use super::view::View;
 use crate::error::{Attempt, Error, Kind, Result};
 
-/// Looked at after `PATH`: cron and ordinary users have no sbin in theirs.
-const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
+/// Looked at after `PATH`: cron and ordinary users have no sbin in theirs, and some have no `PATH`.
+const SYSTEM_DIRECTORIES: [&str; 6] = [
+    "/usr/sbin",
+    "/sbin",
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/bin",
+    "/bin",
+];
 
 /// The Debian package that brings each program that this crate runs.
 const PACKAGES: &[(&str, &str)] = &[
@@ -328,6 +335,10 @@ mod tests {
     fn sbin_is_searched_though_path_lacks_it_and_the_current_directory_never() {
         let find = |program| find_in(OsStr::new(":.:/usr/bin:/bin"), Path::new(program));
         assert!(find("sh").is_some() && find("losetup").is_some());
+        assert!(
+            find_in(OsStr::new(""), Path::new("sh")).is_some(),
+            "no PATH"
+        );
         let here = tempfile::tempdir_in(".").expect("a directory");
         let script = here.path().join("script");
         std::fs::write(&script, "").expect("written");

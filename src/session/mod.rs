@@ -36,7 +36,7 @@ pub use fsck::{Fscked, fsck};
 pub use grow::{fill_mounted, fill_unmounted};
 pub use mounts::{PublicMount, enter_private, hint_at_mount, public_mount};
 pub use server::serve;
-pub use signals::{count_signals, end_at_second_signal, end_at_signals};
+pub use signals::{count_signals, end_at_second_signal, end_at_signals, end_at_signals_until};
 pub use wire::{LinkDown, Place, Plan, Status};
 
 /// The hidden verb that the session process is started with.

@@ -48,10 +48,34 @@ pub fn end_at_second_signal(count: &Arc<AtomicUsize>) -> Result<()> {
     end_at(ENOUGH_SIGNALS, count)
 }
 
+/// Ends the program at the first signal until there is something to be ended in order, and at the
+/// second from then on. `stopping` is called at the first of those.
+pub fn end_at_signals_until(
+    count: &Arc<AtomicUsize>,
+    begun: &Arc<AtomicBool>,
+    stopping: impl Fn() + Send + 'static,
+) -> Result<()> {
+    let (counted, begun) = (count.clone(), begun.clone());
+    let mut told = false;
+    end_when(move || {
+        let count = counted.load(Ordering::Relaxed);
+        let in_order = begun.load(Ordering::Relaxed);
+        if count > 0 && in_order && !told {
+            told = true;
+            stopping();
+        }
+        count >= if in_order { ENOUGH_SIGNALS } else { 1 }
+    })
+}
+
 fn end_at(enough: usize, count: &Arc<AtomicUsize>) -> Result<()> {
     let counted = count.clone();
+    end_when(move || counted.load(Ordering::Relaxed) >= enough)
+}
+
+fn end_when(mut is_time: impl FnMut() -> bool + Send + 'static) -> Result<()> {
     let watch = move || {
-        while counted.load(Ordering::Relaxed) < enough {
+        while !is_time() {
             thread::sleep(POLL);
         }
         thread::sleep(5 * POLL);

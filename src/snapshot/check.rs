@@ -95,6 +95,10 @@ impl Walk<'_> {
         for source in &record.sources {
             // A name that is no UTF-8 is not in the record as it is.
             let whole = !source.contains(char::REPLACEMENT_CHARACTER);
+            // rsync could not read everything, and said so: this may be what it could not.
+            if record.error_count > 0 {
+                continue;
+            }
             let path = format!("{tree}/{}", source.trim_start_matches('/'));
             if whole && !self.view.exists(path.trim_end_matches('/'))? {
                 return Ok(Some(format!("{source} is missing in its tree")));

@@ -6,6 +6,7 @@
 //! `--link-dest` instead, so nothing that arrived is sent twice, and is removed after the new
 //! snapshot is published.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
@@ -21,13 +22,15 @@ use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 use super::record::VERSION;
 use super::rsync::{Account, BY_THE_NANOSECOND, Filters, Verdict, arguments, verdict};
 use super::{
-    Catalogue, DIRECTORY, INFLIGHT, Id, LATEST, MountedFiles, RECORD, Record, Sources, caches,
+    Catalogue, DIRECTORY, Found, INFLIGHT, Id, LATEST, MountedFiles, RECORD, Record, Sources,
+    caches,
 };
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host::Tool;
 use crate::progress::{Event, Monitor, Progress};
 
-/// rsync takes at most 20 `--link-dest`; what a few interrupted runs left is enough to link from.
+/// rsync takes at most 20 `--link-dest`: snapshots, and what a few interrupted runs left.
+const EARLIER_MAX: usize = 12;
 const INTERRUPTED_KEPT: usize = 8;
 
 /// How often progress is reported.
@@ -82,12 +85,7 @@ pub fn take(job: &Job) -> Result<Outcome> {
         version: VERSION,
         id: id.to_string(),
         host: job.host.into(),
-        sources: job
-            .sources
-            .paths()
-            .iter()
-            .map(|p| p.to_string_lossy().into_owned())
-            .collect(),
+        sources: shown(job.sources),
         started: started.to_string(),
         finished: Timestamp::now().to_string(),
         duration_seconds: (clock.elapsed().as_secs_f64() * 1000.0).round() / 1000.0,
@@ -170,6 +168,30 @@ fn keeps_nanoseconds(directory: &Path) -> Result<bool> {
     Ok(metadata.mtime_nsec() == 1)
 }
 
+fn shown(sources: &Sources) -> Vec<String> {
+    let paths = sources.paths().iter();
+    paths.map(|p| p.to_string_lossy().into_owned()).collect()
+}
+
+/// What unchanged files are linked from: the newest snapshot of the same host and sources, then the
+/// newest of each other set, for one image may hold several.
+fn earlier(catalogue: &Catalogue, own: &(String, Vec<String>)) -> Vec<Id> {
+    let mut met = HashSet::new();
+    let mut newest: Vec<(bool, Id)> = Vec::new();
+    for Found { id, record, .. } in catalogue.complete.iter().rev() {
+        let mut sources = record.sources.clone();
+        sources.sort();
+        let set = (record.host.clone(), sources);
+        let is_other = set != *own;
+        if met.insert(set) {
+            newest.push((is_other, *id));
+        }
+    }
+    newest.sort_by_key(|(is_other, _)| *is_other);
+    newest.truncate(EARLIER_MAX);
+    newest.into_iter().map(|(_, id)| id).collect()
+}
+
 /// Runs rsync to its end. An error means: do not publish.
 fn copy(
     job: &Job,
@@ -179,11 +201,10 @@ fn copy(
     inflight: &Path,
 ) -> Result<(i32, Account)> {
     let mut link_from: Vec<PathBuf> = Vec::new();
-    link_from.extend(
-        catalogue
-            .latest()
-            .map(|found| snapshots.join(found.id.to_string())),
-    );
+    let mut sources = shown(job.sources);
+    sources.sort();
+    let earlier = earlier(catalogue, &(job.host.into(), sources));
+    link_from.extend(earlier.iter().map(|id| snapshots.join(id.to_string())));
     link_from.extend(
         interrupted
             .iter()

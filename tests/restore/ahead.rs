@@ -42,7 +42,7 @@ impl Image {
     fn tree(&self) -> UnmountedTree {
         let tree = Tree::load(&self.filesystem, ROOT, None).expect("a tree");
         let plan = Plan::of_copy(&tree, tree.root(), |_| true);
-        let ahead = Ahead::start(&self.filesystem, Arc::new(plan));
+        let ahead = Ahead::start(&self.filesystem, Arc::new(plan), Arc::default());
         UnmountedTree::new(Arc::clone(&self.filesystem), ROOT).with_ahead(ahead)
     }
 
@@ -156,16 +156,16 @@ fn a_plan_may_promise_what_is_not_there() {
         (12, 5),
     ];
     let plan = Plan::new(wanted.into_iter());
-    let ahead = Ahead::start(&image.filesystem, Arc::new(plan));
+    let ahead = Ahead::start(&image.filesystem, Arc::new(plan), Arc::default());
     let mut root = image.filesystem.inode(ROOT).expect("the root");
     root.size = 100 * MIB;
-    ahead.await_inode(ROOT);
-    ahead.await_names(&root);
-    ahead.await_inode(4_000_000_000);
-    ahead.await_inode(99);
+    ahead.await_inode(ROOT).expect("goes on");
+    ahead.await_names(&root).expect("goes on");
+    ahead.await_inode(4_000_000_000).expect("goes on");
+    ahead.await_inode(99).expect("goes on");
     let mut lost = image.filesystem.inode(11).expect("lost+found");
     lost.size = 1 << 62;
-    ahead.await_names(&lost);
-    ahead.await_inode(12);
-    ahead.await_inode(ROOT);
+    ahead.await_names(&lost).expect("goes on");
+    ahead.await_inode(12).expect("goes on");
+    ahead.await_inode(ROOT).expect("goes on");
 }

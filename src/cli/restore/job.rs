@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Args;
 use super::sum::Sum;
@@ -27,7 +27,9 @@ pub(super) struct Job<'a> {
     pub root: u32,
     pub what: &'a What,
     pub links: &'a mut HardLinks,
-    pub stop: &'a AtomicBool,
+    pub stop: &'a Arc<AtomicBool>,
+    /// Set when copying begins.
+    pub begun: &'a AtomicBool,
     pub terminal: &'a Terminal,
     pub sum: &'a mut Sum,
 }
@@ -102,11 +104,12 @@ impl Job<'_> {
         };
         let from = PathBuf::from(OsString::from_vec(from.to_vec()));
         let source = || {
-            let ahead = Ahead::start(filesystem, Arc::clone(&plan));
+            let ahead = Ahead::start(filesystem, Arc::clone(&plan), Arc::clone(self.stop));
             UnmountedTree::new(Arc::clone(filesystem), self.root).with_ahead(ahead)
         };
         let dest = &args.destination;
         self.sum.has_begun = true;
+        self.begun.store(true, Ordering::Relaxed);
         let (mut from_here, links) = (source(), &mut *self.links);
         let outcome =
             restore::copy_linking(&mut from_here, &from, dest, options, links, self.terminal)?;

@@ -5,6 +5,7 @@ mod sum; //     what is told at the end
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -17,7 +18,7 @@ use crate::error::{Attempt, Error, Kind, Result};
 use crate::restore::{self, MountedTree, Options, Overwrite};
 use crate::session;
 use crate::snapshot::{Catalogue, DIRECTORY, MountedFiles};
-use crate::ui::{Style, Terminal};
+use crate::ui::{Style, Terminal, tell};
 use job::{Job, Links};
 use sum::Sum;
 
@@ -194,7 +195,10 @@ fn through_mount(
 
 fn without_mount(args: &Args, whats: &[What], terminal: &Terminal, sum: &mut Sum) -> Result<()> {
     let (signals, stop) = session::count_signals()?;
-    session::end_at_second_signal(&signals)?;
+    let begun = Arc::new(AtomicBool::new(false));
+    session::end_at_signals_until(&signals, &begun, || {
+        tell!("stopping; what is in place is whole; a second signal ends at once");
+    })?;
     let mut keys = args.key.keys(&args.image.location, signals)?;
     let location = args.image.location()?;
     let filesystem = unmounted::open(&location, &args.image.link()?, &mut keys)?;
@@ -209,6 +213,7 @@ fn without_mount(args: &Args, whats: &[What], terminal: &Terminal, sum: &mut Sum
             what,
             links: links.entry(id).or_default(),
             stop: &stop,
+            begun: &begun,
             terminal,
             sum,
         };

@@ -5,12 +5,14 @@
 //! that misses brings neighbours along, and those are fetched anyway, or are of no use.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::plan::{INODE, Part, Plan};
 use super::{FileContent, Filesystem};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::ext4::Inode;
 use crate::restore::source::{Content, Piece};
 
@@ -19,6 +21,8 @@ const WINDOW: u64 = 32 << 20;
 /// Bytes and files of one batch, which is fetched in two steps: the inodes, then the rest.
 const BATCH: u64 = 4 << 20;
 const BATCH_FILES: usize = 256;
+/// How often who waits looks whether to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Batches at a time.
 const THREADS: usize = 6;
 /// After so many files in a row whose data nobody read, those of the next ones are not fetched.
@@ -32,6 +36,7 @@ pub struct Ahead {
 
 struct Shared {
     plan: Arc<Plan>,
+    stop: Arc<AtomicBool>,
     state: Mutex<State>,
     /// Threads wait here for room in the window, the reader for what is on its way.
     room: Condvar,
@@ -59,9 +64,11 @@ struct Batch {
 }
 
 impl Ahead {
-    pub fn start(filesystem: &Arc<Filesystem>, plan: Arc<Plan>) -> Ahead {
+    /// Nobody waits any more once `stop` is set.
+    pub fn start(filesystem: &Arc<Filesystem>, plan: Arc<Plan>, stop: Arc<AtomicBool>) -> Ahead {
         let shared = Arc::new(Shared {
             plan,
+            stop,
             state: Mutex::default(),
             room: Condvar::new(),
             arrived: Condvar::new(),
@@ -76,25 +83,26 @@ impl Ahead {
         Ahead { shared, threads }
     }
 
-    /// Says that an inode is used now, and waits for it if it is on its way.
-    pub fn await_inode(&self, inode: u32) {
+    /// Says that an inode is used now, and waits for it if it is on its way. [`Kind::Interrupted`] if
+    /// that is not wanted any more.
+    pub fn await_inode(&self, inode: u32) -> Result<()> {
         let Some(mut state) = self.reach(inode, 0) else {
-            return;
+            return Ok(());
         };
         state.unread += 1;
         let place = state.used;
         self.shared.await_that(state, |state| {
             let mut before = state.under_way.iter().filter(|b| b.row.contains(&place));
             place < state.next && before.all(|batch| batch.has_inodes)
-        });
+        })
     }
 
     /// The same of some bytes of what an inode holds.
-    fn await_bytes(&self, inode: u32, bytes: Range<u64>, is_data: bool) {
+    fn await_bytes(&self, inode: u32, bytes: Range<u64>, is_data: bool) -> Result<()> {
         let from = INODE.saturating_add(bytes.start);
         let length = (bytes.end - bytes.start).min(BATCH);
         let Some(mut state) = self.reach(inode, from) else {
-            return;
+            return Ok(());
         };
         if is_data && std::mem::take(&mut state.unread) >= UNREAD {
             state.next = state.used; // what was fetched from here on lacks the data
@@ -108,12 +116,12 @@ impl Ahead {
         self.shared.await_that(state, |state| {
             let meets = |b: &Batch| b.row.start < wanted.end && wanted.start < b.row.end;
             wanted.end <= state.next && !state.under_way.iter().any(meets)
-        });
+        })
     }
 
     /// The names in a directory are read now.
-    pub fn await_names(&self, directory: &Inode) {
-        self.await_bytes(directory.number, 0..directory.size, false);
+    pub fn await_names(&self, directory: &Inode) -> Result<()> {
+        self.await_bytes(directory.number, 0..directory.size, false)
     }
 
     /// The content of a file that is read in order, each piece of it awaited.
@@ -154,7 +162,7 @@ impl Content for Followed<'_> {
         let at = self.content.position();
         let end = at.saturating_add(buf.len() as u64).min(self.size);
         if at < end {
-            self.ahead.await_bytes(self.inode, at..end, true);
+            self.ahead.await_bytes(self.inode, at..end, true)?;
         }
         self.content.next(buf)
     }
@@ -165,11 +173,19 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn await_that(&self, mut state: MutexGuard<'_, State>, is_so: impl Fn(&State) -> bool) {
+    fn await_that(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        is_so: impl Fn(&State) -> bool,
+    ) -> Result<()> {
         while !is_so(&state) {
-            let waited = self.arrived.wait(state);
-            state = waited.unwrap_or_else(PoisonError::into_inner);
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Error::new(Kind::Interrupted, "stopped on request"));
+            }
+            let waited = self.arrived.wait_timeout(state, LOOK_EVERY);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        Ok(())
     }
 
     /// Wakes a thread if there is a batch to take; who takes one wakes the next.
@@ -194,11 +210,17 @@ impl Shared {
             let parts: Vec<Part> = self.plan.parts(&under_way.batch.row).collect();
             let numbers: Vec<u32> = parts.iter().map(|part| part.inode).collect();
             filesystem.fetch_inodes(&numbers);
+            if self.lock().is_over {
+                return;
+            }
             let inode = |part: Part| Some((filesystem.inode(part.inode).ok()?, part.bytes));
             let parts: Vec<(Inode, Range<u64>)> = parts.into_iter().filter_map(inode).collect();
             // Attributes that have no room in the inode.
             filesystem.fetch_parts(parts.iter().map(|(inode, _)| (inode, 0..0)));
             under_way.has_inodes();
+            if self.lock().is_over {
+                return;
+            }
             let with_data = under_way.batch.with_data;
             let wanted = parts.iter().filter(|(i, _)| with_data || !i.is_regular());
             filesystem.fetch_parts(wanted.map(|(inode, bytes)| (inode, bytes.clone())));
@@ -263,10 +285,16 @@ impl Drop for UnderWay<'_> {
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        self.shared.lock().is_over = true;
+        let mut state = self.shared.lock();
+        state.is_over = true;
+        let is_idle = state.under_way.is_empty();
+        drop(state);
         self.shared.room.notify_all();
         for thread in self.threads.drain(..) {
-            let _ = thread.join();
+            // What is on its way may take minutes, and nobody wants it: such a thread ends by itself.
+            if is_idle {
+                let _ = thread.join();
+            }
         }
     }
 }

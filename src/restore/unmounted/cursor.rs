@@ -93,7 +93,7 @@ impl UnmountedTree {
             return Ok(inode.clone());
         }
         if let Some(ahead) = &self.ahead {
-            ahead.await_inode(number);
+            ahead.await_inode(number)?;
         }
         let inode = self.filesystem.inode(number)?;
         self.last = Some(inode.clone());
@@ -135,7 +135,7 @@ impl Source for UnmountedTree {
     fn list(&mut self) -> Result<Vec<Entry>> {
         let inode = self.inode(HERE)?;
         if let Some(ahead) = &self.ahead {
-            ahead.await_names(&inode);
+            ahead.await_names(&inode)?;
         }
         let entries = self
             .filesystem
