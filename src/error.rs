@@ -120,6 +120,8 @@ pub struct Error {
     kind: Kind,
     attempt: String,
     hint: Option<String>,
+    /// The hint outranks those of the causes.
+    hint_is_first: bool,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -129,6 +131,7 @@ impl Error {
             kind,
             attempt: attempt.into(),
             hint: None,
+            hint_is_first: false,
             source: None,
         }
     }
@@ -141,6 +144,13 @@ impl Error {
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// What to do about it, where what the causes advise would be wrong: it is shown instead of
+    /// their hints.
+    pub fn hint_first(mut self, hint: impl Into<String>) -> Self {
+        self.hint_is_first = true;
+        self.hint(hint)
     }
 
     /// The same failure under another kind: the place that knows better says so.
@@ -165,8 +175,12 @@ impl Error {
         chain
     }
 
-    /// The hint nearest to the cause: it knows most.
+    /// The hint nearest to the cause: it knows most, unless one above it was given by
+    /// [`Error::hint_first`].
     pub fn deepest_hint(&self) -> Option<&str> {
+        if self.hint_is_first {
+            return self.hint.as_deref();
+        }
         let inner = self
             .source
             .as_deref()
@@ -292,6 +306,18 @@ mod tests {
             "error: cannot mount\n  because: unlock the image\n  because: no keyslot opens\nhint: look"
         );
         assert_eq!(failure().kind(), Kind::WrongKey);
+    }
+
+    #[test]
+    fn a_hint_that_comes_first_is_shown_wherever_it_stands() {
+        let failure = failure().hint_first("do this");
+        let wire = Told::from(&failure);
+        for error in [failure, wire.into()] {
+            assert!(error.report().ends_with("\nhint: do this"));
+            let above: Result<()> = Err(error).attempt(|| "cannot restore");
+            let above = above.unwrap_err().hint("outermost");
+            assert!(above.report().ends_with("\nhint: do this"));
+        }
     }
 
     #[test]

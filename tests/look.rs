@@ -207,6 +207,31 @@ fn snapshots_are_looked_into_without_any_privilege() {
         .code(1)
         .says("no snapshot has it");
 
+    // Output that cannot be written is a failure; a reader that has seen enough is none.
+    let full = ["/bin/sh", "-c", "exec \"$@\" >/dev/full", "sh"];
+    let large = format!("latest:{top}/large");
+    for program in [
+        user("ls").args(["-R", &large]),
+        user("snapshots"),
+        user("find").args(["latest", "--json"]),
+        user("recovery-sheet").arg("--html"),
+        user("cat").arg(&large),
+        user("dump").args([&large, "--tar"]),
+        as_user(Program::bare(&sandbox)).arg("--help"),
+    ] {
+        let ran = program.through(full).run().code(1);
+        ran.says("error: cannot").says("No space left on device");
+    }
+    let head = "\"$@\" | head -c 10; exit ${PIPESTATUS[0]}";
+    let head = ["/bin/bash", "-c", head, "bash"];
+    for program in [
+        user("cat").arg(&large),
+        user("dump").args([&large, "--tar"]),
+    ] {
+        let ran = program.through(head).run().code(128 + 13);
+        assert_eq!((ran.stdout.len(), &*ran.stderr), (10, ""), "{ran}");
+    }
+
     let after = fs::metadata(&place.stored).expect("stat");
     let times = |m: &fs::Metadata| (m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec());
     assert_eq!(times(&before), times(&after), "the image was written to");

@@ -109,6 +109,33 @@ fn a_machine_without_a_network_behind_a_relay() {
     place.assert_closed();
 }
 
+/// ssh hands its environment on to a ProxyCommand, and to the server what SendEnv names.
+#[test]
+fn nothing_that_carries_the_link_sees_our_settings() {
+    let sandbox = Sandbox::new();
+    let seen = sandbox.path("seen");
+    let script = |exec: &str| format!("#!/bin/sh\nenv >>{}\nexec {exec}\n", seen.display());
+    let relay = sandbox.file("relay.sh", script("/usr/lib/openssh/sftp-server -e"));
+    sandbox.dir("bin");
+    let ssh = sandbox.file("bin/ssh", script("/usr/bin/ssh \"$@\""));
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(&ssh, mode).expect("a mode");
+
+    let mut place = Place::piped(&sandbox);
+    place.options[1] = format!("/bin/sh {}", relay.display());
+    let path = format!("{}:/usr/bin:/bin", sandbox.path("bin").display());
+    let refused = Program::new(&sandbox, "info").arg("sftp://127.0.0.1:1/a.img");
+    for (ended, program) in [(10, place.program("info")), (14, refused)] {
+        let program = program.env("PATH", &path).env("E2EBAK_LOG", "e2ebak=warn");
+        program.run().code(ended);
+        let told = std::fs::read_to_string(&seen).expect("it was started");
+        assert!(told.lines().any(|line| line.starts_with("HOME=")), "{told}");
+        let ours = |line: &str| line.starts_with("E2EBAK_");
+        assert!(!told.lines().any(ours), "{told}");
+        std::fs::remove_file(&seen).expect("removed");
+    }
+}
+
 #[test]
 fn no_ssh_program_at_all() {
     if !root_or_skip() {

@@ -7,6 +7,7 @@ use crate::cli::key::KeyArgs;
 use crate::cli::look::{Look, What, printable};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::restore::{Content, FileKind, Piece, metadata};
+use crate::ui::ContentOutput;
 
 /// Read and written at once.
 const PIECE_BYTES: usize = 256 << 10;
@@ -51,7 +52,7 @@ fn print(look: &Look, what: &What) -> Result<()> {
         return Err(Error::new(Kind::Usage, "it is not a regular file"));
     }
     let mut content = look.filesystem.content(&inode)?;
-    let mut out = std::io::stdout().lock();
+    let mut out = ContentOutput::new();
     let mut buf = vec![0; PIECE_BYTES];
     let attempt = || "write it out";
     loop {

@@ -9,6 +9,7 @@ use crate::cli::key::KeyArgs;
 use crate::cli::look::{Look, What, joined, tell_trouble, tell_troubles};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::restore::{Ahead, Plan};
+use crate::ui::ContentOutput;
 
 /// Write a path of a snapshot to standard output as a tar archive
 ///
@@ -55,7 +56,7 @@ pub fn run(args: Args) -> Result<Ending> {
         .split(|byte| *byte == b'/')
         .rfind(|name| !name.is_empty());
     let prefix = prefix.filter(|name| *name != b"." && *name != b"..");
-    let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
+    let mut out = BufWriter::with_capacity(1 << 20, ContentOutput::new());
     let mut ending = tell_troubles(&what.path, &tree.troubles);
     let mut trouble = |path: &[u8], error: Error| {
         tell_trouble(&joined(b"", path), &error);

@@ -42,7 +42,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Kind, Result};
 use crate::session;
-use crate::ui::tell;
+use crate::ui::{all_was_printed, printed, tell};
 
 /// Encrypted backup into one LUKS2 image on a server that nobody has to trust.
 #[derive(Parser)]
@@ -104,9 +104,11 @@ pub fn main() -> ExitCode {
     let cli = match matches.and_then(|m| Cli::from_arg_matches(&m)) {
         Ok(cli) => cli,
         Err(error) => {
-            // A reader that went away is no reason to panic.
-            let _ = error.print();
-            return ExitCode::from(error.exit_code() as u8);
+            printed(error.print());
+            return match (error.exit_code(), all_was_printed()) {
+                (0, Err(error)) => failed(&error),
+                (code, _) => ExitCode::from(code as u8),
+            };
         }
     };
     start_log(cli.verbose);
@@ -114,14 +116,17 @@ pub fn main() -> ExitCode {
     if let Verb::SessionProcess = cli.verb {
         return session::serve();
     }
-    match run(cli.verb) {
+    let ended = run(cli.verb);
+    match ended.and_then(|ending| all_was_printed().map(|()| ending)) {
         Ok(Ending::Clean) => ExitCode::SUCCESS,
         Ok(Ending::Warnings) => ExitCode::from(3),
-        Err(error) => {
-            tell!("{}", error.report());
-            ExitCode::from(error.kind().exit_code())
-        }
+        Err(error) => failed(&error),
     }
+}
+
+fn failed(error: &Error) -> ExitCode {
+    tell!("{}", error.report());
+    ExitCode::from(error.kind().exit_code())
 }
 
 fn run(verb: Verb) -> Result<Ending> {

@@ -121,12 +121,12 @@ impl Sheet {
     /// What a phone reads off the page: enough to begin with.
     fn essentials(&self) -> String {
         let place = match &self.address.server {
-            Some(server) => format!(
-                "sftp://{}:{}/{}",
-                target(server),
-                server.port.unwrap_or(22),
-                self.address.path.trim_start_matches('/')
-            ),
+            Some(server) => {
+                let path = &self.address.path;
+                let home = if path.starts_with('/') { "" } else { "/~/" };
+                let port = server.port.unwrap_or(22);
+                format!("sftp://{}:{port}{home}{path}", bracketed(server))
+            }
             None => self.address.path.clone(),
         };
         format!(
@@ -153,7 +153,7 @@ impl Sheet {
                     format!(
                         "sshfs -o ro{} {} {STORE}",
                         server.port.map_or(String::new(), |port| format!(",port={port}")),
-                        quoted(&format!("{}:{directory}", target(server)))
+                        quoted(&format!("{}:{directory}", bracketed(server)))
                     ),
                     format!("IMAGE={STORE}/{}", quoted(name)),
                 ],
@@ -247,6 +247,11 @@ fn target(server: &Server) -> String {
     }
 }
 
+/// The same where a colon ends the host: an IPv6 address stands in brackets.
+fn bracketed(server: &Server) -> String {
+    shown(&server.to_string())
+}
+
 /// On one line, whatever the server or a header says.
 fn shown(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).collect()
@@ -326,5 +331,48 @@ mod tests {
             html.contains("&lt;b&gt;") && html.contains("<svg"),
             "{html}"
         );
+    }
+
+    #[test]
+    fn every_command_and_the_url_lead_to_the_same_file() {
+        for (host, path, url, sshfs, ssh) in [
+            (
+                "nas",
+                "a.img",
+                "sftp://ann@nas:2222/~/a.img",
+                "ann@nas:.",
+                "ann@nas",
+            ),
+            (
+                "nas",
+                "/srv/a.img",
+                "sftp://ann@nas:2222/srv/a.img",
+                "ann@nas:/srv",
+                "ann@nas",
+            ),
+            (
+                "fe80::1",
+                "/srv/a.img",
+                "sftp://ann@[fe80::1]:2222/srv/a.img",
+                "ann@[fe80::1]:/srv",
+                "ann@fe80::1",
+            ),
+        ] {
+            let mut sheet = sheet(host, path);
+            let first = |sheet: &Sheet| sheet.essentials().lines().next().map(String::from);
+            assert_eq!(first(&sheet).as_deref(), Some(url));
+            let text = sheet.text();
+            let word = |begin: &str, at: usize| {
+                let line = text.lines().find(|line| line.trim().starts_with(begin));
+                shell_words::split(line.expect(begin)).expect("words")[at].clone()
+            };
+            assert_eq!(word("sshfs ", 3), sshfs);
+            assert_eq!(word("ssh ", 3), ssh);
+            if let Some(server) = &mut sheet.address.server {
+                server.port = None;
+            }
+            let usual = url.replace(":2222/", ":22/");
+            assert_eq!(first(&sheet), Some(usual), "a phone knows no default");
+        }
     }
 }

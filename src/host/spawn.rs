@@ -56,6 +56,16 @@ pub fn prepare(command: &mut Command, fate: Fate) {
     }
 }
 
+/// Keeps our own settings (`E2EBAK_*`, a passphrase among them) out of the environment of the next
+/// spawns of `command`.
+pub fn hide_settings(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"E2EBAK_") {
+            command.env_remove(name);
+        }
+    }
+}
+
 /// Has the next spawns of `command` start on the other side of `door`, where its program is also
 /// looked up.
 pub fn start_behind(command: &mut Command, door: Arc<Door>) {

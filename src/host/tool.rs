@@ -13,7 +13,7 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use tracing::debug;
 
-use super::spawn::{Fate, prepare};
+use super::spawn::{Fate, hide_settings, prepare};
 use super::view::View;
 use crate::error::{Attempt, Error, Kind, Result};
 
@@ -133,11 +133,7 @@ impl Tool {
         let path = find(&self.program).ok_or_else(|| missing(&self.program))?;
         let mut command = self.begin(path)?;
         command.args(&self.arguments).stdin(Stdio::null());
-        for (name, _) in std::env::vars_os() {
-            if name.as_bytes().starts_with(b"E2EBAK_") {
-                command.env_remove(name);
-            }
-        }
+        hide_settings(&mut command);
         command
             .env("LC_ALL", "C")
             .envs(self.environment.iter().map(|(name, value)| (name, value)));

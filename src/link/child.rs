@@ -21,7 +21,7 @@ use rustix::process::{Pid, WaitId, WaitIdOptions};
 use tracing::{debug, info, warn};
 
 use crate::error::{Error, Kind, Result, Told};
-use crate::host::spawn::{Fate, prepare};
+use crate::host::spawn::{Fate, hide_settings, prepare};
 
 /// How long after SIGKILL the keeper is waited for. Only a child stuck in the kernel needs more,
 /// and the keeper then waits on alone.
@@ -246,6 +246,7 @@ fn keep(
             },
         );
         debug!(?command, "start a process of the link");
+        hide_settings(&mut command); // what the log shows is the command alone
         let program = command.get_program().to_owned();
         let child = command
             .spawn()

@@ -5,8 +5,8 @@
 //! was left behind by a process that was killed is therefore known by being unlocked, and the next
 //! one sweeps it away.
 
-use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::fs::{self, DirBuilder, DirEntry, File};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -16,7 +16,8 @@ use uuid::Uuid;
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::host::runtime_directory;
 
-const PREFIX: &str = "link-";
+/// In `/tmp` the name must be nobody else's.
+const PREFIX: &str = "e2ebak-link-";
 const SOCKET: &str = "s";
 
 /// A socket's path has at most 107 bytes (`unix(7)`), and ssh first binds it under a name that is
@@ -34,7 +35,7 @@ pub struct SocketDir {
 impl SocketDir {
     /// Makes one in the runtime directory, or in `/tmp` where that has too long a path.
     pub fn new() -> Result<Self> {
-        let short = |base: &PathBuf| base.as_os_str().len() + PREFIX.len() + 10 <= PATH_MAX;
+        let short = |base: &PathBuf| base.as_os_str().len() + PREFIX.len() + 11 <= PATH_MAX;
         let base = match runtime_directory() {
             Ok(base) if short(&base) => base,
             _ => PathBuf::from("/tmp"),
@@ -70,14 +71,24 @@ impl Drop for SocketDir {
     }
 }
 
-/// Nothing but the socket is ever in it.
+/// Nothing but the socket is ever in one of ours; with anything else in it, it stays.
 fn remove(path: &Path) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        let _ = fs::remove_file(entry.path()); // then the directory stays, too
+        if is_socket(&entry) {
+            let _ = fs::remove_file(entry.path()); // then the directory stays, too
+        }
     }
     if let Err(error) = fs::remove_dir(path) {
         debug!(%error, path = %path.display(), "cannot remove the directory of a master");
     }
+}
+
+/// Under its name, or the one that ssh first binds it under.
+fn is_socket(entry: &DirEntry) -> bool {
+    let name = entry.file_name();
+    let rest = name.as_encoded_bytes().strip_prefix(SOCKET.as_bytes());
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"."))
+        && entry.file_type().is_ok_and(|kind| kind.is_socket())
 }
 
 /// Locks a directory that is still at its path.
@@ -104,16 +115,47 @@ fn sweep(base: &Path) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+
+    fn bind(path: PathBuf) {
+        UnixListener::bind(path).expect("bound");
+    }
+
+    /// Beside the user's own files, as in `/tmp`.
+    #[test]
+    fn what_somebody_else_put_there_stays() {
+        let base = tempfile::tempdir().expect("a directory");
+        let (like_ours, alike) = (format!("{PREFIX}cafe"), "link-cafe".to_string());
+        let kept = [
+            format!("{like_ours}/letter"),
+            format!("{like_ours}/s.txt"),
+            format!("{alike}/letter"),
+        ];
+        for directory in [&like_ours, &alike] {
+            fs::create_dir(base.path().join(directory)).expect("made");
+        }
+        for file in &kept {
+            fs::write(base.path().join(file), "mine").expect("written");
+        }
+        bind(base.path().join(&alike).join(SOCKET));
+        drop(SocketDir::new_in(base.path()).expect("made"));
+        for file in &kept {
+            assert!(base.path().join(file).exists(), "{file}");
+        }
+        assert!(base.path().join(&alike).join(SOCKET).exists());
+    }
 
     #[test]
     fn what_nobody_holds_is_swept_and_what_is_held_stays() {
         let base = tempfile::tempdir().expect("a directory");
         let held = SocketDir::new_in(base.path()).expect("made");
-        fs::write(held.socket(), "").expect("written");
-        let left = base.path().join("link-deadbeef");
+        bind(held.socket());
+        let left = base.path().join(format!("{PREFIX}deadbeef"));
         fs::create_dir(&left).expect("made");
-        fs::write(left.join(SOCKET), "").expect("written");
+        bind(left.join(SOCKET));
+        bind(left.join("s.Xp2wQ8rT1nB4vK6z"));
         let other = base.path().join("4711");
         fs::create_dir(&other).expect("made");
 

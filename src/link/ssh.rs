@@ -27,6 +27,7 @@ use super::{
     PATIENCE_WITH_QUESTIONS, Stream,
 };
 use crate::error::{Attempt, Kind, Result};
+use crate::host::spawn::hide_settings;
 use crate::location::Server;
 
 /// The cheapest cipher where the processor has AES: 2.2 s per GiB instead of 3.7 s.
@@ -257,6 +258,7 @@ impl Shared {
     fn quiet_ssh(&self, options: &[OsString]) -> Command {
         let mut command = Command::new(self.program());
         command.args(options);
+        hide_settings(&mut command);
         command.stdin(Stdio::null()).stderr(Stdio::null());
         command
     }

@@ -5,7 +5,7 @@ mod prompt;
 mod table;
 mod terminal;
 
-pub(crate) use output::{say, tell};
+pub(crate) use output::{ContentOutput, all_was_printed, printed, say, say_line, tell};
 pub use prompt::{ask_hidden, has_terminal};
 pub use table::Table;
 pub use terminal::{Style, Terminal};

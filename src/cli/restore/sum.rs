@@ -44,9 +44,10 @@ impl Sum {
 
     /// The error with which copying has ended early, and how the rest is had.
     pub fn with_rest(&self, args: &Args, was_there: bool, error: Error) -> Error {
-        let because = match error.kind() {
-            Kind::NoSpace => "make room: ",
-            Kind::Interrupted | Kind::Disconnected | Kind::TimedOut => "",
+        let first = match error.kind() {
+            Kind::NoSpace => "make room; ",
+            Kind::Interrupted => "",
+            Kind::Disconnected | Kind::TimedOut => "check the network; ",
             _ => return error,
         };
         if !self.has_begun {
@@ -57,8 +58,9 @@ impl Sum {
             true => "",
             false => " and /. after its path",
         };
-        error.hint(format!(
-            "{because}what is in place is whole, and the same command with \
+        // First: the link advises to run the command again as it was, which would make a second copy.
+        error.hint_first(format!(
+            "{first}what is in place is whole, and the same command with \
              --overwrite=if-changed{inside} takes the rest"
         ))
     }
@@ -115,7 +117,7 @@ impl Sum {
             }
         }
         if args.verify && self.different == 0 && !args.output.quiet {
-            say!("  note: everything was read back and compared");
+            say!("  note: the content of everything was read back and compared");
         }
         match self.existing_count + self.errors + self.different + self.unreadable {
             0 => Ending::Clean,
@@ -166,5 +168,54 @@ fn list<'a>(lines: impl Iterator<Item = &'a String>, number: u64) {
     }
     if number > SHOWN as u64 {
         tell!("  and {} more", number - SHOWN as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn an_early_end_tells_how_to_have_the_rest_and_not_to_run_it_again() {
+        let made = tempfile::tempdir().expect("a directory");
+        let args = |destination: &str| {
+            let line = ["restore", "nas:a.img", "latest:/x", destination];
+            Line::try_parse_from(line).expect("parses").args
+        };
+        let (there, file) = (made.path().display().to_string(), "/never/made");
+        let begun = Sum {
+            has_begun: true,
+            ..Sum::default()
+        };
+        let hint = |sum: &Sum, kind, destination: &str, was_there| {
+            let cause = Error::new(kind, "restore the link").hint("run it again");
+            let error = Error::new(kind, "read a file").because(cause);
+            let error = sum.with_rest(&args(destination), was_there, error);
+            error.deepest_hint().unwrap_or_default().to_string()
+        };
+        const REST: &str = "what is in place is whole, and the same command with \
+                            --overwrite=if-changed";
+        for (kind, first) in [
+            (Kind::NoSpace, "make room; "),
+            (Kind::Interrupted, ""),
+            (Kind::Disconnected, "check the network; "),
+            (Kind::TimedOut, "check the network; "),
+        ] {
+            let into = format!("{first}{REST} and /. after its path takes the rest");
+            let plain = format!("{first}{REST} takes the rest");
+            assert_eq!(hint(&begun, kind, &there, false), into);
+            assert_eq!(hint(&begun, kind, &there, true), plain);
+            assert_eq!(hint(&begun, kind, file, false), plain);
+            assert_eq!(hint(&Sum::default(), kind, &there, false), "run it again");
+        }
+        assert_eq!(hint(&begun, Kind::Corrupt, &there, false), "run it again");
     }
 }
