@@ -59,7 +59,7 @@ pub struct Failure {
 /// What a restore did.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// Where it is; [`verify`](super::verify) wants to know.
+    /// Where it is; [`verify`](super::verify()) wants to know.
     pub landing: Landing,
     /// Names put in place that are no directories; each name of a hard link counts.
     pub files: u64,
