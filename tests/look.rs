@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -389,6 +389,70 @@ fn a_restore_takes_what_it_is_told_to_take() {
     place.assert_closed();
 }
 
+/// A directory above those that `--strip` leaves: nothing that is copied ever meets it.
+#[test]
+fn what_cannot_be_read_is_told_of_whatever_was_chosen() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::local(&sandbox);
+    let source = sandbox.dir("source");
+    for dir in ["a", "bad", "c/sub"] {
+        fs::create_dir_all(source.join(dir)).expect("mkdir");
+        fs::write(source.join(dir).join("file.txt"), dir).expect("write");
+    }
+    place.init("300M").ok();
+    place.backup(&source).ok();
+    let plain = common::decrypt(&sandbox, &place.stored).path;
+    let path = format!("/snapshots/{}{}/bad", place.ids()[0], source.display());
+    let mut debugfs = tool("debugfs");
+    let block = run(debugfs.arg("-R").arg(format!("blocks {path}")).arg(&plain));
+    let block: u64 = block.trim().parse().expect("one block");
+    let image = fs::File::options().write(true).open(&place.stored);
+    let at = (16 << 20) + block * 4096 + 64; // after the LUKS2 header
+    image
+        .expect("opens")
+        .write_all_at(&[7; 16], at)
+        .expect("write");
+
+    let what = format!("latest:{}", source.display());
+    let restore = |to: &str, args: &[&str]| {
+        let to = sandbox.path(to);
+        place.restore(&what, &to).args(args).run()
+    };
+    let one = "1 file could not be restored as it was";
+    for (to, strip) in [("strip2", "2"), ("strip3", "3")] {
+        let told = restore(to, &["--strip", strip]).code(3);
+        told.says("/source/bad").says(one);
+        let file = fs::read_to_string(sandbox.path(to).join("file.txt"));
+        assert!(file.is_ok_and(|text| text == ["a", "c/sub"][usize::from(strip == "3")]));
+    }
+    let told = restore("include", &["--include", "*.txt"]).code(3);
+    told.says("/source/bad").says(one);
+    assert!(sandbox.path("include/c/sub/file.txt").exists());
+    for args in [&["-n"][..], &["-n", "--strip", "3"]] {
+        let told = restore("dry", args).code(3).says("1 file cannot be read");
+        let word = told.stdout.contains("unreadable ") && told.stdout.contains("/dry/bad/\n");
+        assert_eq!(word, args.len() == 1, "{told}");
+    }
+    restore("sound", &["--strip", "3", "--exclude", "bad"]).code(0);
+
+    let told = restore("deep", &["--strip", "9", "--exclude", "bad"]).code(3);
+    told.says("/source has no directory that is wanted 9 names deep");
+    let patterns = [
+        "--include",
+        "*.txt",
+        "--include",
+        "*.text",
+        "--exclude",
+        "bad",
+    ];
+    let told = restore("none", &patterns).code(3);
+    told.says("/source matches --include *.text");
+    place.assert_closed();
+}
+
 #[test]
 fn an_archive_unpacks_to_what_was_backed_up() {
     if !root_or_skip() {
@@ -398,6 +462,11 @@ fn an_archive_unpacks_to_what_was_backed_up() {
     let place = Place::piped(&sandbox);
     let source = sandbox.path("source");
     odd_tree(&source);
+    let odd = source.join("attributes/user");
+    for name in ["user.a=b", "user.a%3Db", "user.%25="] {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::lsetxattr(&odd, name, name.as_bytes(), flags).expect("setxattr");
+    }
     place.init("10G").ok();
     place.backup(&source).ok();
     let archive: PathBuf = sandbox.path("tmp/archive.tar");

@@ -18,6 +18,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use e2ebak::error::Kind;
+use e2ebak::progress::Silent;
+use e2ebak::restore::{MountedTree, verify};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 
 use odd::odd_tree;
@@ -526,4 +528,31 @@ fn the_access_time_comes_back_too() {
     let copied = fs::metadata(dest.join("file")).expect("stat");
     assert_eq!((copied.atime(), copied.atime_nsec()), (1_500_000_000, 3));
     assert_eq!((copied.mtime(), copied.mtime_nsec()), (1_500_000_000, 3));
+}
+
+#[test]
+fn what_was_restored_is_compared_where_it_has_landed() {
+    let scratch = Scratch::new();
+    let root = scratch.dir("root");
+    fs::create_dir_all(root.join("x/x")).expect("mkdir");
+    write(root.join("x/x/deep"), b"deep");
+    write(root.join("x/file"), b"file");
+    scratch.dir("there");
+    for (from, to, file) in [
+        ("x", "new", "new/file"),
+        ("x", "there", "there/x/file"),
+        ("x/.", "contents", "contents/file"),
+        ("x/file", "named", "named"),
+    ] {
+        let outcome = restore(&root, from, &scratch.0.join(to), KEEP).expect("restores");
+        let different = || {
+            let mut source = MountedTree::open(&root).expect("opens");
+            let landing = &outcome.landing;
+            let found = verify(&mut source, from.as_ref(), landing, KEEP, &Silent);
+            found.expect("compares").count()
+        };
+        assert_eq!(different(), 0, "{from} to {to}");
+        write(scratch.0.join(file), b"other");
+        assert_eq!(different(), 1, "{from} to {to}");
+    }
 }

@@ -1,5 +1,7 @@
 //! Patterns of names as the shell has them, and what of a tree they select.
 
+use std::collections::HashSet;
+
 use crate::restore::{Node, Tree};
 
 /// `*`, `?`, `[a-z]`, `[!a]` and `\`, on bytes. One without a slash means a name, wherever it is; one
@@ -112,15 +114,28 @@ fn set(pattern: &[u8], byte: u8) -> Option<(usize, bool)> {
     }
 }
 
-/// What of a tree is wanted, one answer for each name.
-pub struct Selection(Vec<bool>);
+/// What of a tree is wanted.
+pub struct Selection {
+    /// One answer for each name.
+    wanted: Vec<bool>,
+    in_doubt: HashSet<usize>,
+    /// Places in the list of those to include.
+    unmatched: Vec<usize>,
+}
 
 impl Selection {
     /// Without `include` everything, else what matches one of them, and what is in a directory that
-    /// does, and the directories on the way; in both cases without what matches `exclude` and what
-    /// is in that.
+    /// does, and the directories on the way, also to one that could not be read; in both cases
+    /// without what matches `exclude` and what is in that.
     pub fn new(tree: &Tree, include: &[Pattern], exclude: &[Pattern]) -> Selection {
         let mut wanted = vec![false; tree.len()];
+        let mut matched = vec![false; include.len()];
+        let unread = tree.troubles.iter().map(|trouble| trouble.node);
+        let unread: HashSet<usize> = unread
+            .filter(|node| tree.may_be_directory(*node))
+            .map(Node::index)
+            .collect();
+        let mut in_doubt = HashSet::new();
         let mut path = Vec::new();
         // A name, the length of the path to it, and whether a directory above is included.
         let mut stack = vec![(tree.root(), 0, include.is_empty())];
@@ -135,8 +150,17 @@ impl Selection {
                     continue;
                 }
             }
-            let inside = inside || include.iter().any(|pattern| pattern.matches(&path));
-            if inside {
+            let mut inside = inside;
+            for (pattern, matched) in include.iter().zip(&mut matched) {
+                if (!inside || !*matched) && pattern.matches(&path) {
+                    (inside, *matched) = (true, true);
+                }
+            }
+            let is_unread = unread.contains(&node.index());
+            if is_unread {
+                in_doubt.insert(node.index());
+            }
+            if inside || is_unread {
                 let mut on_the_way = Some(node);
                 while let Some(node) = on_the_way.filter(|node| !wanted[node.index()]) {
                     wanted[node.index()] = true;
@@ -147,11 +171,26 @@ impl Selection {
             stack.extend(tree.children(node).rev().map(|child| (child, here, inside)));
         }
         wanted[tree.root().index()] = true;
-        Selection(wanted)
+        let unmatched = (0..matched.len()).filter(|at| !matched[*at]).collect();
+        Selection {
+            wanted,
+            in_doubt,
+            unmatched,
+        }
     }
 
     pub fn wants(&self, node: Node) -> bool {
-        self.0.get(node.index()).copied().unwrap_or(false)
+        self.wanted.get(node.index()).copied().unwrap_or(false)
+    }
+
+    /// Whether something that is wanted may be missing below it, because it could not be read.
+    pub fn is_in_doubt(&self, node: Node) -> bool {
+        self.in_doubt.contains(&node.index())
+    }
+
+    /// Which of the patterns to include match nothing, by their places in the list.
+    pub fn unmatched(&self) -> impl Iterator<Item = usize> + use<'_> {
+        self.unmatched.iter().copied()
     }
 }
 

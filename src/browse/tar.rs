@@ -14,8 +14,8 @@ const BLOCK: usize = 512;
 const PIECE: usize = 256 << 10;
 
 /// Writes a tree, all names below `prefix`, as `ahead` has it fetched. What cannot be read is told to
-/// `trouble`, and left out; a file that breaks off in the middle is filled with zeros, for its size was
-/// already said.
+/// `trouble`, and left out: a file, or only its attributes; a file that breaks off in the middle is filled with
+/// zeros, for its size was already said.
 pub fn write_tar(
     filesystem: &Filesystem,
     tree: &Tree,
@@ -39,7 +39,7 @@ pub fn write_tar(
         };
         ahead.await_inode(tree.inode(node))?;
         let linked = first_names.get(&metadata.inode).cloned();
-        let entry = match entry(filesystem, tree, node, &path, &metadata, linked) {
+        let entry = match entry(filesystem, tree, node, &path, &metadata, linked, trouble) {
             Ok(entry) => entry,
             Err(error) => {
                 trouble(&path, error);
@@ -76,6 +76,7 @@ fn entry<'a>(
     path: &[u8],
     metadata: &'a Metadata,
     linked: Option<Vec<u8>>,
+    trouble: &mut dyn FnMut(&[u8], Error),
 ) -> Result<Entry<'a>> {
     let inode = filesystem.inode(tree.inode(node))?;
     let (kind, link) = match (metadata.kind, linked) {
@@ -95,14 +96,17 @@ fn entry<'a>(
         // Before its size is promised.
         filesystem.content(&inode)?;
     }
+    let attributes = match kind {
+        b'1' => Vec::new(),
+        _ => filesystem.attributes(&inode).unwrap_or_else(|error| {
+            trouble(path, error);
+            Vec::new()
+        }),
+    };
     let mut path = path.to_vec();
     if kind == b'5' {
         path.push(b'/');
     }
-    let attributes = match kind {
-        b'1' => Vec::new(),
-        _ => filesystem.attributes(&inode)?,
-    };
     Ok(Entry {
         path,
         kind,
@@ -141,10 +145,7 @@ impl Entry<'_> {
             );
         }
         for (name, value) in &self.attributes {
-            // An `=` ends the keyword, so a name that has one cannot be written.
-            if !name.contains(&b'=') {
-                record(&mut records, &[b"SCHILY.xattr.", &**name].concat(), value);
-            }
+            record(&mut records, &attribute_keyword(name), value);
         }
         let mut head = Vec::new();
         if !records.is_empty() {
@@ -186,6 +187,19 @@ impl Entry<'_> {
         header[155] = b' ';
         header
     }
+}
+
+/// An `=` would end the keyword: GNU tar writes and reads it, and the `%`, as in a URL.
+fn attribute_keyword(name: &[u8]) -> Vec<u8> {
+    let mut keyword = b"SCHILY.xattr.".to_vec();
+    for byte in name {
+        match byte {
+            b'%' => keyword.extend(b"%25"),
+            b'=' => keyword.extend(b"%3D"),
+            byte => keyword.push(*byte),
+        }
+    }
+    keyword
 }
 
 /// `LENGTH KEYWORD=VALUE\n`, and the length counts itself.

@@ -9,6 +9,9 @@ const FLAG_EXTENTS: u32 = 0x8_0000;
 const FLAG_EA_INODE: u32 = 0x20_0000;
 const FLAG_INLINE_DATA: u32 = 0x1000_0000;
 
+/// Blocks of a file, by the format: their numbers have 32 bits.
+const BLOCKS_MAX: u64 = 1 << 32;
+
 /// Bytes of an inode before its extra fields.
 pub(super) const BASE: usize = 128;
 
@@ -109,6 +112,9 @@ impl Inode {
             Self::REGULAR | Self::DIRECTORY => size | u64::from(u32_at(raw, 0x6C)) << 32,
             _ => size,
         };
+        if size.div_ceil(sb.block_size) > BLOCKS_MAX {
+            return wrong("has more blocks than any file can");
+        }
         let field = |at: usize| match at + 4 <= BASE + extra {
             true => u32_at(raw, at),
             false => 0,

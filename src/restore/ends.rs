@@ -49,25 +49,38 @@ impl Start {
     }
 }
 
-/// The directory to open, and the name to make in it: none when DEST itself takes the contents.
-pub(super) fn landing(
-    dest: &Path,
-    name: Option<&[u8]>,
-    is_directory: bool,
-) -> Result<(PathBuf, Option<Vec<u8>>)> {
-    if dest.is_dir() {
-        return Ok((dest.to_owned(), name.map(<[u8]>::to_vec)));
+/// Where a copy has landed. Only the copy knows: once it has made DEST, nobody can tell any more
+/// whether that was there before.
+#[derive(Clone, Debug, Default)]
+pub struct Landing {
+    /// The directory that was there before.
+    pub directory: PathBuf,
+    /// The name that was made in it; none when the directory itself took the contents.
+    pub name: Option<Vec<u8>>,
+}
+
+impl Landing {
+    pub(super) fn find(dest: &Path, name: Option<&[u8]>, is_directory: bool) -> Result<Landing> {
+        if dest.is_dir() {
+            return Ok(Landing {
+                directory: dest.to_owned(),
+                name: name.map(<[u8]>::to_vec),
+            });
+        }
+        let attempt = || format!("restore to {dest:?}");
+        let Some(name) = dest.file_name() else {
+            return Err(Error::new(Kind::NotFound, attempt()).because("there is no such directory"));
+        };
+        if dest.as_os_str().as_bytes().ends_with(b"/") && !is_directory {
+            return Err(Error::new(Kind::NotFound, attempt()).because("there is no such directory"));
+        }
+        let directory = match dest.parent() {
+            Some(above) if !above.as_os_str().is_empty() => above.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        Ok(Landing {
+            directory,
+            name: Some(name.as_bytes().to_vec()),
+        })
     }
-    let attempt = || format!("restore to {dest:?}");
-    let Some(name) = dest.file_name() else {
-        return Err(Error::new(Kind::NotFound, attempt()).because("there is no such directory"));
-    };
-    if dest.as_os_str().as_bytes().ends_with(b"/") && !is_directory {
-        return Err(Error::new(Kind::NotFound, attempt()).because("there is no such directory"));
-    }
-    let above = match dest.parent() {
-        Some(above) if !above.as_os_str().is_empty() => above.to_owned(),
-        _ => PathBuf::from("."),
-    };
-    Ok((above, Some(name.as_bytes().to_vec())))
 }

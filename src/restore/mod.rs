@@ -38,6 +38,7 @@ use crate::error::Result;
 use crate::progress::Monitor;
 
 pub use apply::Shortfall;
+pub use ends::Landing;
 pub use hard_links::HardLinks;
 pub use mounted::{Footprint, MountedTree};
 pub use outcome::{Failure, LISTED_MAX, Listed, Outcome};

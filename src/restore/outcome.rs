@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::apply::Shortfall;
+use super::ends::Landing;
 use crate::error::Error;
 
 /// So many paths of a kind are kept; beyond that they are only counted.
@@ -58,6 +59,8 @@ pub struct Failure {
 /// What a restore did.
 #[derive(Debug, Default)]
 pub struct Outcome {
+    /// Where it is; [`verify`](super::verify()) wants to know.
+    pub landing: Landing,
     /// Names put in place that are no directories; each name of a hard link counts.
     pub files: u64,
     /// Directories made or merged into.

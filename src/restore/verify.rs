@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::Options;
 use super::descent::{Descent, check_name, open_at, show};
-use super::ends::{Start, landing};
+use super::ends::{Landing, Start};
 use super::outcome::{Failure, Listed};
 use super::source::{Entry, FileKind, Metadata, Piece, Source, sort_for_popping};
 use crate::error::{Attempt, Error, Kind, Result};
@@ -24,32 +24,21 @@ const RULES: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS);
 
-/// Compares everything below `from` with what a [`copy`](super::copy) with the same arguments has
-/// made: that it is there, its type, its content to the last byte, its target, its time. What else
-/// is in `dest` does not matter. Owners and attributes were judged when they were set. An error
+/// Compares everything below `from` with what a [`copy`](super::copy) of it has made at `landing`:
+/// that it is there, its type, its content to the last byte, its target, its time. What else is
+/// there does not matter. Owners and attributes were judged when they were set. An error
 /// means that the comparison ended early; files that differ are in what is returned.
 pub fn verify(
     source: &mut dyn Source,
     from: &Path,
-    dest: &Path,
+    landing: &Landing,
     options: Options<'_>,
     monitor: &dyn Monitor,
 ) -> Result<Listed<Failure>> {
     let start = Start::find(source, from)?;
-    // DEST exists by now, so its own name tells nothing any more; what is in it does.
-    let (directory, name) = match (&start.name, start.is_directory) {
-        (Some(name), is_directory) => {
-            let inside = dest.join(std::ffi::OsStr::from_bytes(name));
-            match inside.symlink_metadata() {
-                Ok(_) => (dest.to_owned(), Some(name.clone())),
-                Err(_) if is_directory => (dest.to_owned(), None),
-                Err(_) => landing(dest, Some(name), false)?,
-            }
-        }
-        (None, _) => (dest.to_owned(), None),
-    };
+    let directory = &landing.directory;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(&directory, flags, Mode::empty())
+    let root = rustix::fs::open(directory, flags, Mode::empty())
         .attempt(|| format!("open the directory {directory:?}"))?;
     monitor.report(Event::Phase("verify"));
     let mut verifier = Verifier {
@@ -62,7 +51,7 @@ pub fn verify(
         failures: Listed::default(),
         monitor,
     };
-    verifier.run(&start, name)?;
+    verifier.run(&start, landing.name.clone())?;
     Ok(verifier.failures)
 }
 

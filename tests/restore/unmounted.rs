@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use e2ebak::browse::write_tar;
 use e2ebak::error::{Kind, Result};
 use e2ebak::layer::{Cache, cache};
 use e2ebak::progress::Silent;
 use e2ebak::remote::local::LocalStore;
 use e2ebak::remote::{Access, Store};
 use e2ebak::restore::{
-    Content, Filesystem, HardLinks, Options, Outcome, Piece, ROOT, Tree, UnmountedTree, copy,
-    copy_linking,
+    Ahead, Content, Filesystem, HardLinks, Options, Outcome, Piece, Plan, ROOT, Tree,
+    UnmountedTree, copy, copy_linking,
 };
 
 use crate::odd::odd_tree;
@@ -350,6 +351,14 @@ fn what_is_damaged_is_named_and_costs_nothing_else() {
             write(tree.join(dir).join(file), b"content");
         }
     }
+    fs::create_dir(tree.join("c")).expect("mkdir");
+    write(tree.join("c/file"), b"kept");
+    symlink("kept", tree.join("c/link")).expect("symlink");
+    for (name, value) in [("c", b'1'), ("c/file", b'2'), ("c/link", b'3')] {
+        set_attribute(&tree.join(name), "trusted.large", &[value; 600]);
+    }
+    write(tree.join("d"), b"too large");
+    write(mounted.0.join("largest"), b"as large as can be");
     let image = scratch.0.join("image");
     mounted.settle(&made, &image);
     // As after a clean end, so that the journal has nothing to say.
@@ -357,29 +366,123 @@ fn what_is_damaged_is_named_and_costs_nothing_else() {
         "e2fsck -fy {} >/dev/null || true",
         image.display()
     ));
-    // A file's inode, and the block of a directory.
+    // A file's inode, the block of a directory, blocks of attributes, and a size.
     shell(&format!(
         "cd {}
          inode=$(debugfs -R 'imap /tree/a/x' image 2>/dev/null | sed -n 's/.*block \\([0-9]*\\), offset \\(0x[0-9a-f]*\\).*/\\1 \\2/p')
          set -- $inode; printf X | dd of=image bs=1 seek=$(($1 * 4096 + $2 + 4)) conv=notrunc 2>/dev/null
          block=$(debugfs -R 'blocks /tree/b' image 2>/dev/null)
-         printf X | dd of=image bs=1 seek=$((block * 4096 + 30)) conv=notrunc 2>/dev/null",
+         printf X | dd of=image bs=1 seek=$((block * 4096 + 30)) conv=notrunc 2>/dev/null
+         for name in c c/file c/link; do
+             block=$(debugfs -R \"stat /tree/$name\" image 2>/dev/null | sed -n 's/.*File ACL: \\([1-9][0-9]*\\).*/\\1/p')
+             printf X | dd of=image bs=1 seek=$((block * 4096 + 3000)) conv=notrunc 2>/dev/null
+         done
+         debugfs -w -R 'sif /tree/d size 0x100000000001' image 2>/dev/null
+         debugfs -w -R 'sif /largest size 0x100000000000' image 2>/dev/null",
         scratch.0.display()
     ));
     let filesystem = open(&image);
+    let number = |path: &str| filesystem.resolve(ROOT, path.as_bytes());
+    let largest = filesystem.inode(number("largest").expect("is there"));
+    assert_eq!(largest.expect("sound").size, 1 << 44);
+    // Else the copy would never end.
+    let error = number("tree/d").unwrap_err().chain().join(": ");
+    assert!(error.contains("more blocks than any file"), "{error}");
     let dest = scratch.dir("dest");
     let outcome = restore_from(&filesystem, "tree", &dest, REPLACE).expect("restores");
     let mut told = errors(&outcome);
     told.sort();
-    assert_eq!(told.len(), 2, "{told:?}");
+    assert_eq!(told.len(), 6, "{told:?}");
     assert!(told[0].starts_with("tree/a/x: ") && told[0].contains("wrong checksum"));
     assert!(told[1].starts_with("tree/b: ") && told[1].contains("wrong checksum"));
-    assert_eq!(outcome.files, 1, "a/y");
+    for (at, path) in ["tree/c/file: ", "tree/c/link: ", "tree/c: "]
+        .into_iter()
+        .enumerate()
+    {
+        let told = &told[2 + at];
+        assert!(told.starts_with(path) && told.contains("its attribute block"));
+    }
+    assert!(told[5].starts_with("tree/d: "), "{told:?}");
+    assert_eq!(outcome.files, 3, "a/y, c/file, c/link");
+    assert_eq!(fs::read(dest.join("tree/c/file")).expect("read"), b"kept");
+    assert!(dest.join("tree/c/link").is_symlink());
     let top = filesystem.resolve(ROOT, b"tree").expect("is there");
     let loaded = Tree::load(&filesystem, top, None).expect("loads");
     let mut paths: Vec<_> = loaded.troubles.iter().map(|t| t.path.clone()).collect();
     paths.sort();
-    assert_eq!(paths, [b"a/x".to_vec(), b"b".to_vec()]);
+    assert_eq!(paths, [b"a/x".to_vec(), b"b".to_vec(), b"d".to_vec()]);
+    let (names, told) = archive(&filesystem, &loaded, &scratch);
+    assert_eq!(names, ["./", "a/", "a/y", "b/", "c/", "c/file", "c/link"]);
+    assert_eq!(told, ["c", "c/file", "c/link"]);
+}
+
+/// What GNU tar finds in an archive of a tree, and what was told of.
+fn archive(
+    filesystem: &Arc<Filesystem>,
+    tree: &Tree,
+    scratch: &Scratch,
+) -> (Vec<String>, Vec<String>) {
+    let path = scratch.0.join("archive.tar");
+    let mut out = File::create(&path).expect("create");
+    let ahead = Ahead::start(filesystem, Arc::new(Plan::of_archive(tree)));
+    let mut told = Vec::new();
+    let mut tell = |path: &[u8], _| told.push(String::from_utf8_lossy(path).into_owned());
+    write_tar(filesystem, tree, b"", &mut out, &ahead, &mut tell).expect("writes");
+    let listed = run(Command::new("tar").arg("-Ptf").arg(&path));
+    (listed.lines().map(String::from).collect(), told)
+}
+
+#[test]
+fn hostile_names_are_in_no_tree_and_in_no_archive() {
+    if !equipped(TOOLS) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (made, image) = (scratch.0.join("made"), scratch.0.join("image"));
+    make(&made, "-b 4096 -O ^metadata_csum");
+    let mounted = Mounted::new(&made, scratch.0.join("mount"), "rw");
+    let sub = mounted.0.join("tree/sub");
+    fs::create_dir_all(&sub).expect("mkdir");
+    for name in ["evil__name", "evil__none", "good", "zero"] {
+        write(sub.join(name), b"content");
+    }
+    mounted.settle(&made, &image);
+    shell(&format!(
+        "cd {}
+         e2fsck -fy image >/dev/null || true
+         debugfs -R 'blocks /tree/sub' image 2>/dev/null >block",
+        scratch.0.display()
+    ));
+    let block = fs::read_to_string(scratch.0.join("block")).expect("read");
+    let at = block.trim().parse::<u64>().expect("a block") * 4096;
+    let file = File::options().read(true).write(true).open(&image);
+    let file = file.expect("opens");
+    let mut raw = [0; 4096];
+    file.read_exact_at(&mut raw, at).expect("read");
+    for (name, evil) in [
+        (b"evil__name", b"../../evil"),
+        (b"evil__none", b"/etc/evil\0"),
+    ] {
+        let found = raw.windows(10).position(|bytes| bytes == name);
+        let found = at + found.expect("the name") as u64;
+        file.write_all_at(evil, found).expect("write");
+    }
+    let filesystem = open(&image);
+    let top = filesystem.resolve(ROOT, b"tree").expect("is there");
+    let tree = Tree::load(&filesystem, top, None).expect("loads");
+    assert_eq!(tree.troubles.len(), 1, "{:?}", tree.troubles);
+    let trouble = &tree.troubles[0];
+    let why = trouble.error.chain().join(": ");
+    assert!(
+        trouble.path == b"sub" && why.contains("../../evil"),
+        "{why}"
+    );
+    let (names, told) = archive(&filesystem, &tree, &scratch);
+    assert_eq!(names, ["./", "sub/", "sub/good", "sub/zero"]);
+    assert!(told.is_empty(), "{told:?}");
+    let dest = scratch.dir("dest");
+    let outcome = restore_from(&filesystem, "tree", &dest, KEEP).expect("restores");
+    assert_eq!((outcome.files, outcome.errors.count()), (2, 2));
 }
 
 #[test]

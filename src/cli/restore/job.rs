@@ -1,5 +1,6 @@
 //! One path of a restore without a mount: its tree is read, and what is wanted of it is copied.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -10,11 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::Args;
 use super::sum::Sum;
 use crate::browse::{Pattern, Selection};
-use crate::cli::look::{Look, What, joined};
+use crate::cli::look::{Look, What, joined, printable, tell_trouble};
 use crate::error::{Attempt, Result};
-use crate::restore::{self, Ahead, FileKind, HardLinks, Node, Options, Plan, Tree, UnmountedTree};
+use crate::restore::{
+    self, Ahead, FileKind, HardLinks, LISTED_MAX, Node, Options, Plan, Tree, UnmountedTree,
+};
 use crate::snapshot::Id;
-use crate::ui::Terminal;
+use crate::ui::{Terminal, tell};
 
 /// Of each snapshot: the same inode in another one is another file.
 pub(super) type Links = BTreeMap<Id, HardLinks>;
@@ -49,6 +52,7 @@ impl Job<'_> {
         let tree = Tree::load(&self.look.filesystem, top, None)?;
         let (include, exclude) = (patterns(&self.args.include), patterns(&self.args.exclude));
         let selection = Selection::new(&tree, &include, &exclude);
+        self.tell_unmatched(&tree, &selection);
         if self.args.strip == 0 {
             let from = self.what.path.clone();
             return self.part(&tree, &selection, tree.root(), &from);
@@ -60,11 +64,16 @@ impl Job<'_> {
         let mut stack = vec![(tree.root(), own)];
         while let Some((node, depth)) = stack.pop() {
             if depth == self.args.strip && tree.is_directory(node) {
-                parts.push(node);
+                // Else it is among the troubles.
+                parts.extend(tree.metadata(node).map(|_| node));
             } else if depth < self.args.strip {
                 let wanted = tree.children(node).filter(|child| selection.wants(*child));
                 stack.extend(wanted.rev().map(|child| (child, depth + 1)));
             }
+        }
+        let lost = self.tell_lost(&tree, &selection, own);
+        if parts.is_empty() && lost == 0 {
+            self.tell_nothing_left();
         }
         let dest = &self.args.destination;
         if parts.len() > 1 && !self.args.dry_run && !dest.exists() {
@@ -77,6 +86,61 @@ impl Job<'_> {
             self.part(&tree, &selection, node, &inside)?;
         }
         Ok(())
+    }
+
+    /// What could not be read above the names that `--strip` leaves: nothing that is copied meets
+    /// it. `own` is the depth of the tree's root. Says how much there was.
+    fn tell_lost(&mut self, tree: &Tree, selection: &Selection, own: u32) -> u64 {
+        let mut lost = 0;
+        for trouble in &tree.troubles {
+            let names = match trouble.path.is_empty() {
+                true => 0,
+                false => trouble.path.split(|byte| *byte == b'/').count(),
+            };
+            let depth = u64::from(own) + names as u64;
+            let is_copied = match depth.cmp(&self.args.strip.into()) {
+                Ordering::Less => false,
+                Ordering::Equal => tree.metadata(trouble.node).is_some(),
+                Ordering::Greater => true,
+            };
+            if is_copied || !selection.is_in_doubt(trouble.node) {
+                continue;
+            }
+            if lost < LISTED_MAX as u64 {
+                tell_trouble(&joined(&self.what.path, &trouble.path), &trouble.error);
+            }
+            lost += 1;
+        }
+        match self.args.dry_run {
+            true => self.sum.unreadable += lost,
+            false => self.sum.errors += lost,
+        }
+        lost
+    }
+
+    fn tell_nothing_left(&mut self) {
+        let (path, names) = (printable(&self.what.path), self.args.strip);
+        let wanted = match self.args.include.is_empty() && self.args.exclude.is_empty() {
+            true => "",
+            false => " that is wanted",
+        };
+        tell!("warning: {path} has no directory{wanted} {names} names deep");
+        self.sum.missed += 1;
+    }
+
+    fn tell_unmatched(&mut self, tree: &Tree, selection: &Selection) {
+        if !tree.is_directory(tree.root()) {
+            return; // patterns choose of what is in a directory
+        }
+        for at in selection.unmatched() {
+            let pattern = self.args.include.get(at).map(|text| text.as_bytes());
+            let (path, pattern) = (&self.what.path, printable(pattern.unwrap_or_default()));
+            tell!(
+                "warning: nothing in {} matches --include {pattern}",
+                printable(path)
+            );
+            self.sum.missed += 1;
+        }
     }
 
     /// Restores `node` of the tree, which is `from` in the snapshot.
@@ -114,9 +178,10 @@ impl Job<'_> {
         let outcome =
             restore::copy_linking(&mut from_here, &from, dest, options, links, self.terminal)?;
         drop(from_here);
+        let landing = outcome.landing.clone();
         self.sum.add(outcome);
         if args.verify {
-            let found = restore::verify(&mut source(), &from, dest, options, self.terminal)?;
+            let found = restore::verify(&mut source(), &from, &landing, options, self.terminal)?;
             self.sum.different += found.count();
         }
         Ok(())
@@ -133,7 +198,8 @@ fn totals(tree: &Tree, selection: &Selection, top: Node) -> (u64, u64) {
         }
         files += u64::from(!tree.is_directory(node));
         let regular = tree.metadata(node).filter(|m| m.kind == FileKind::Regular);
-        bytes += regular.map_or(0, |metadata| metadata.size);
+        let size = regular.map_or(0, |metadata| metadata.size);
+        bytes = u64::saturating_add(bytes, size);
         stack.extend(tree.children(node));
     }
     (files, bytes)

@@ -183,9 +183,10 @@ fn through_mount(
             let links = links.entry(id).or_default();
             let outcome =
                 restore::copy_linking(&mut tree, &from, dest, options, links, inside.terminal)?;
+            let landing = outcome.landing.clone();
             sum.add(outcome);
             if args.verify {
-                let found = restore::verify(&mut tree, &from, dest, options, inside.terminal)?;
+                let found = restore::verify(&mut tree, &from, &landing, options, inside.terminal)?;
                 sum.different += found.count();
             }
         }

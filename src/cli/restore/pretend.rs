@@ -34,6 +34,11 @@ impl Job<'_> {
                 true => base.clone(),
                 false => base.join(OsStr::from_bytes(below)),
             };
+            if tree.is_directory(node) && selection.is_in_doubt(node) {
+                self.sum.unreadable += 1;
+                say!("unreadable {}/", printable(to.as_os_str().as_bytes()));
+                continue;
+            }
             self.pretend_one(tree, node, &to);
         }
     }
@@ -70,7 +75,8 @@ impl Job<'_> {
         if matches!(word, "new" | "replace") {
             self.sum.total.files += 1;
             if metadata.kind == FileKind::Regular {
-                self.sum.total.bytes += metadata.size;
+                let bytes = &mut self.sum.total.bytes;
+                *bytes = bytes.saturating_add(metadata.size);
             }
         }
         say!("{word:<10} {shown}");

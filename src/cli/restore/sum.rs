@@ -17,11 +17,13 @@ pub(super) struct Sum {
     pub has_begun: bool,
     existing: Vec<String>,
     existing_count: u64,
-    errors: u64,
+    pub errors: u64,
     /// Files that `--verify` found to differ.
     pub different: u64,
     /// In a dry run.
     pub unreadable: u64,
+    /// Patterns and depths that nothing has; each was told.
+    pub missed: u64,
 }
 
 impl Sum {
@@ -29,7 +31,7 @@ impl Sum {
         let total = &mut self.total;
         total.files += outcome.files;
         total.directories += outcome.directories;
-        total.bytes += outcome.bytes;
+        total.bytes = total.bytes.saturating_add(outcome.bytes);
         total.unchanged += outcome.unchanged;
         total.shortfall.owners += outcome.shortfall.owners;
         total.shortfall.attributes += outcome.shortfall.attributes;
@@ -119,7 +121,8 @@ impl Sum {
         if args.verify && self.different == 0 && !args.output.quiet {
             say!("  note: the content of everything was read back and compared");
         }
-        match self.existing_count + self.errors + self.different + self.unreadable {
+        let found = self.existing_count + self.errors + self.different;
+        match found + self.unreadable + self.missed {
             0 => Ending::Clean,
             _ => Ending::Warnings,
         }

@@ -91,7 +91,7 @@ impl Copier<'_> {
     }
 
     fn regular(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<Placed> {
-        let attributes = self.source.attributes(lookup)?;
+        let attributes = self.attributes(lookup)?;
         let mut content = self.source.open(lookup)?;
         let (temporary, file) = self.target.new_file()?;
         let attempt = |at: u64| format!("write at offset {at}");
@@ -131,7 +131,7 @@ impl Copier<'_> {
     }
 
     fn special(&mut self, lookup: &[u8], name: &[u8], metadata: &Metadata) -> Result<Placed> {
-        let attributes = self.source.attributes(lookup)?;
+        let attributes = self.attributes(lookup)?;
         let (temporary, fd) = match metadata.kind {
             FileKind::Symlink => {
                 let to = self.source.read_link(lookup)?;

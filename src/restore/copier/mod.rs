@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::Options;
 use super::apply::{Object, apply};
 use super::descent::{Identity, check_name};
-use super::ends::{Start, landing};
+use super::ends::{Landing, Start};
 use super::hard_links::{HardLinks, Place};
 use super::outcome::Outcome;
 use super::source::{Attribute, Entry, FileKind, HERE, Metadata, Source, sort_for_popping};
@@ -39,14 +39,14 @@ pub(super) fn run(
     monitor: &dyn Monitor,
 ) -> Result<Outcome> {
     let start = Start::find(source, from)?;
-    let (directory, name) = landing(dest, start.name.as_deref(), start.is_directory)?;
-    let target = Target::open(&directory, options.overwrite)?;
+    let landing = Landing::find(dest, start.name.as_deref(), start.is_directory)?;
+    let target = Target::open(&landing.directory, options.overwrite)?;
     let top = target.root_identity()?;
     links.begin_in(top);
     let mut copier = Copier {
         top,
         target,
-        landing: directory,
+        landing: landing.directory.clone(),
         origin: from.as_os_str().as_bytes().to_vec(),
         options,
         monitor,
@@ -55,10 +55,14 @@ pub(super) fn run(
         links,
         seen: HashSet::new(),
         buf: vec![0; PIECE_BYTES],
-        outcome: Outcome::default(),
+        outcome: Outcome {
+            landing,
+            ..Outcome::default()
+        },
         source,
     };
     monitor.report(Event::Phase("copy"));
+    let name = copier.outcome.landing.name.clone();
     copier.top(&start, name)?;
     copier.walk()?;
     copier.progress();
@@ -164,7 +168,7 @@ impl Copier<'_> {
             let attempt = format!("directory inode {} has a second name", metadata.inode);
             return Err(Error::new(Kind::Corrupt, attempt).into());
         }
-        let attributes = self.source.attributes(lookup)?;
+        let attributes = self.attributes(lookup)?;
         let entered_source = lookup != HERE;
         if entered_source {
             self.source.enter(lookup)?;

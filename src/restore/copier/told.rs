@@ -11,7 +11,7 @@ use crate::progress::{Event, Monitor, Progress};
 use crate::restore::Options;
 use crate::restore::descent::show;
 use crate::restore::outcome::{Failure, Outcome};
-use crate::restore::source::HERE;
+use crate::restore::source::{Attribute, HERE};
 
 impl Copier<'_> {
     pub(super) fn skip(&mut self, name: &[u8]) {
@@ -42,6 +42,19 @@ impl Copier<'_> {
                 let to = self.landing.display();
                 Err(error).attempt(|| format!("restore {} to {to}", show(&path)))
             }
+        }
+    }
+
+    /// The attributes of a file. Where they cannot be read, that is recorded, and the rest of the
+    /// file does without.
+    pub(super) fn attributes(&mut self, lookup: &[u8]) -> Result<Vec<Attribute>> {
+        match self.source.attributes(lookup).map_err(Trouble::from) {
+            Ok(attributes) => Ok(attributes),
+            Err(Trouble::File(error)) => {
+                self.record_all(lookup, vec![error]);
+                Ok(Vec::new())
+            }
+            Err(Trouble::Run(error)) => Err(error),
         }
     }
 

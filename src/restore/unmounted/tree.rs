@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use super::{Filesystem, metadata};
 use crate::error::{Error, Kind, Result};
 use crate::ext4::Inode;
+use crate::restore::descent::check_name;
 use crate::restore::source::{FileKind, Metadata, Time};
 
 /// Directories read at once.
@@ -19,6 +20,7 @@ const NAMES_MAX: usize = 20_000_000;
 /// What could not be read, by its path from the root of the tree.
 #[derive(Debug)]
 pub struct Trouble {
+    pub node: Node,
     pub path: Vec<u8>,
     pub error: Error,
 }
@@ -68,7 +70,8 @@ const _: () = assert!(size_of::<Stored>() == 64);
 
 impl Tree {
     /// Reads everything below `root`, or with `depth` only so many levels of directories. A
-    /// directory that cannot be read is among the troubles, and so is a file whose inode cannot.
+    /// directory that cannot be read is among the troubles, and so is a file whose inode cannot, and
+    /// a directory with a name that none can have; such a name is left out.
     pub fn load(filesystem: &Filesystem, root: u32, depth: Option<u32>) -> Result<Tree> {
         let top = filesystem.inode(root)?;
         let mut tree = Tree {
@@ -128,7 +131,12 @@ impl Tree {
                 Ok(mut entries) => {
                     entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
                     let start = self.nodes.len() as u32;
+                    let mut refused: Option<Error> = None;
                     for entry in entries {
+                        if let Err(error) = check_name(&entry.name) {
+                            refused.get_or_insert(error);
+                            continue;
+                        }
                         // OK to unwrap: numbers of inodes have 32 bits.
                         let number = u32::try_from(entry.inode).unwrap_or(0);
                         self.push(node, &entry.name, number, entry.kind);
@@ -136,6 +144,9 @@ impl Tree {
                     let end = self.nodes.len() as u32;
                     let stored = &mut self.nodes[node as usize];
                     (stored.first_child, stored.children_end) = (start, end);
+                    if let Some(error) = refused {
+                        self.trouble(node, error); // the first of them
+                    }
                 }
                 Err(error) => self.trouble(node, error),
             }
@@ -176,8 +187,9 @@ impl Tree {
     }
 
     fn trouble(&mut self, node: u32, error: Error) {
-        let path = self.path(Node(node));
-        self.troubles.push(Trouble { path, error });
+        let node = Node(node);
+        let path = self.path(node);
+        self.troubles.push(Trouble { node, path, error });
     }
 
     pub fn root(&self) -> Node {
@@ -257,6 +269,12 @@ impl Tree {
 
     pub fn is_directory(&self, node: Node) -> bool {
         self.nodes[node.0 as usize].kind == Some(FileKind::Directory)
+    }
+
+    /// The same, or nobody knows what it is.
+    pub fn may_be_directory(&self, node: Node) -> bool {
+        let kind = self.nodes[node.0 as usize].kind;
+        matches!(kind, None | Some(FileKind::Directory))
     }
 
     /// All names, each directory before what is in it.
