@@ -269,7 +269,8 @@ impl Lease {
         is_held(self.store.read_side(SUFFIX)?, &self.holder.nonce)
     }
 
-    /// Removes the lease if it is still ours.
+    /// Removes the lease if it is still ours, and not before nothing that a broken connection had sent
+    /// can land any more: the next holder's writes would be older than those.
     pub fn release(self) -> Result<()> {
         self.release_once()
     }
@@ -279,6 +280,15 @@ impl Lease {
             return Ok(());
         }
         let attempt = || format!("release the lease of {}", self.name);
+        // Whoever else holds it by now must not be written over.
+        self.check().attempt(attempt)?;
+        let settled = self.store.settle(&|left| {
+            debug!(?left, "a broken connection's writes may still land");
+        });
+        if let Err(error) = settled {
+            let error = error.chain().join(": ");
+            debug!(error, "released with writes outstanding");
+        }
         self.store.use_lease(None);
         self.check().attempt(attempt)?;
         self.store.remove_side(SUFFIX).attempt(attempt)?;

@@ -89,6 +89,8 @@ pub struct Unsynced {
     /// Ranges on their way to the server; they do not overlap.
     in_flight: BTreeMap<u64, u64>,
     suspects: Vec<Suspect>,
+    /// When a flush last failed.
+    doubted: u64,
 }
 
 impl Unsynced {
@@ -157,6 +159,7 @@ impl Unsynced {
     }
 
     fn arrived(&mut self, range: &Range<u64>, owed: Answered) {
+        let owed = if owed.sent < self.doubted { LOST } else { owed };
         self.in_flight.remove(&range.start);
         for (_, entry) in self.entries.range_mut(range.clone()) {
             entry.sending = false;
@@ -177,7 +180,8 @@ impl Unsynced {
 
     /// A flush has failed: the server may have dropped what it could not store, and would not say
     /// so a second time. All that it should have covered is to be sent again.
-    pub fn doubt(&mut self) {
+    pub fn doubt(&mut self, now: u64) {
+        self.doubted = now;
         for owed in self.entries.values_mut().filter_map(|e| e.owed.as_mut()) {
             *owed = LOST;
         }
@@ -412,7 +416,7 @@ mod tests {
     fn after_a_failed_flush_everything_is_sent_again() {
         let mut log = Unsynced::default();
         wrote(&mut log, 0, b"data", 3);
-        log.doubt();
+        log.doubt(3);
         log.synced(1, 4);
         assert_eq!((log.bytes(), log.uncovered(1)), (4, vec![0..4]));
         // Refused then, it is not forgotten either.
@@ -420,6 +424,22 @@ mod tests {
         log.refused_again(&(0..4));
         assert_eq!((log.bytes(), log.uncovered(1)), (4, vec![0..4]));
         assert!(!log.is_busy(&(0..4)));
+    }
+
+    #[test]
+    fn what_was_on_its_way_when_a_flush_failed_is_sent_again() {
+        let mut log = Unsynced::default();
+        // Sent under 3; the server has it in memory when a flush fails and drops it; the answer
+        // (of the last of its parts) comes after that.
+        log.begin(0, slice(b"data"));
+        log.doubt(5);
+        log.answered(&(0..4), 3, 8);
+        log.synced(1, 9);
+        assert_eq!(
+            log.bytes(),
+            4,
+            "let go of by a flush that tells nothing of it"
+        );
     }
 
     #[test]

@@ -4,6 +4,9 @@ use crate::error::{Error, Kind, Result};
 use crate::sftp::frame::printable;
 use crate::sftp::{Attributes, Code, Reply, Status};
 
+/// The longest handle, in bytes (draft-ietf-secsh-filexfer-02, section 6.3).
+const HANDLE_MAX: usize = 256;
+
 /// The error that a status stands for.
 pub fn status_error(status: &Status) -> Error {
     let (kind, meaning) = match status.code {
@@ -49,8 +52,16 @@ pub fn done(reply: &Reply) -> Result<()> {
     }
 }
 
+/// A handle is in every request, so its length is one of the bounds of memory.
 pub fn handle(reply: Reply) -> Result<Vec<u8>> {
     match reply {
+        Reply::Handle(handle) if handle.len() > HANDLE_MAX => Err(Error::new(
+            Kind::Unsupported,
+            format!(
+                "the server gave a handle of {} bytes, and SFTP allows {HANDLE_MAX}",
+                handle.len()
+            ),
+        )),
         Reply::Handle(handle) => Ok(handle),
         other => Err(refusal(&other)),
     }
@@ -60,5 +71,16 @@ pub fn attributes(reply: Reply) -> Result<Attributes> {
     match reply {
         Reply::Attributes(attributes) => Ok(attributes),
         other => Err(refusal(&other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handle_has_a_bound() {
+        assert_eq!(handle(Reply::Handle(vec![7; 256])).ok(), Some(vec![7; 256]));
+        assert!(handle(Reply::Handle(vec![7; 257])).is_err());
     }
 }

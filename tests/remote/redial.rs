@@ -821,3 +821,168 @@ fn a_file_keeps_the_name_that_it_was_given_through_a_crash() {
     model.crash();
     assert!(model.has("dir/a.img.part") && !model.has(IMAGE));
 }
+
+#[test]
+fn settling_waits_for_what_its_own_flush_lost() {
+    let model = Model::new(SIZE);
+    let late = Duration::from_secs(1);
+    model.world().late_max = late;
+    let bounds = Bounds {
+        late_after_end: late,
+        ..bounds(1)
+    };
+    let (store, device) = open(&model, bounds);
+    let hold_first = || {
+        let mut done = false;
+        move |seen: Seen| match seen.what {
+            What::Write if !done => {
+                done = true;
+                Act::Hold
+            }
+            _ => Act::Serve,
+        }
+    };
+    model.script(hold_first());
+    told(device.write_all_at(&[1; 4096], 8192));
+    told(device.write_all_at(&[2; 4096], 8192));
+    told(device.flush());
+    let broken = Arc::new(AtomicBool::new(false));
+    let is_broken = broken.clone();
+    let mut script = hold_first();
+    model.script(move |seen| {
+        let act = script(seen);
+        is_broken.fetch_or(act == Act::Hold, Ordering::Relaxed);
+        act
+    });
+    told(store.settle(&|_| {}));
+    assert!(broken.load(Ordering::Relaxed), "sent again");
+    // The lease is released now; the next client writes.
+    let mut next = model.synced(IMAGE);
+    next[8192..12_288].fill(3);
+    model.world().set_volatile(IMAGE, &next);
+    model.apply_late();
+    assert!(
+        model.volatile(IMAGE)[8192..12_288] == [3; 4096],
+        "next client's data are overwritten"
+    );
+}
+
+#[test]
+fn a_sync_that_fails_in_a_resizing_is_not_made_good_by_the_next() {
+    let model = Model::new(SIZE);
+    let (_store, device) = open(&model, bounds(1));
+    told(device.write_all_at(&[7; 5000], 8192));
+    model.script(|seen| match seen.what {
+        What::Sync => Act::Fail,
+        _ => Act::Serve,
+    });
+    device.resize(SIZE as u64 + 8192).expect_err("fails");
+    {
+        let mut image = model.synced(IMAGE);
+        image.resize(SIZE + 8192, 0);
+        let mut world = model.world();
+        world.set_volatile(IMAGE, &image);
+        world.script = Box::new(|_| Act::Serve);
+    }
+    told(device.flush());
+    assert!(model.synced(IMAGE)[8192..13_192] == [7; 5000]);
+}
+
+#[test]
+fn settling_waits_for_a_late_resizing() {
+    let model = Model::new(SIZE);
+    let (store, device) = open(&model, bounds(1));
+    let mut tries = 0;
+    model.script(move |seen| match seen.what {
+        What::Resize => {
+            tries += 1;
+            if tries == 1 {
+                Act::EndBefore
+            } else {
+                Act::Serve
+            }
+        }
+        _ => Act::Serve,
+    });
+    let begun = Instant::now();
+    told(device.resize(SIZE as u64 + 8192));
+    told(device.flush());
+    told(store.settle(&|_| {}));
+    assert!(begun.elapsed() >= LATE);
+}
+
+#[test]
+fn a_new_image_is_settled_before_its_lease_is_released() {
+    use e2ebak::image::{Creation, create};
+    let model = Model::new(4096);
+    model.remove(IMAGE);
+    let late = Duration::from_secs(5);
+    model.world().late_max = late;
+    let bounds = Bounds {
+        late_after_end: late,
+        silence: Duration::from_secs(5),
+        silence_of_disk: Duration::from_secs(5),
+        ..bounds(1)
+    };
+    let store: Arc<dyn Store> = Arc::new(connect(&model, bounds));
+    let mut large = 0;
+    let held = Arc::new(AtomicBool::new(false));
+    let is_held = held.clone();
+    model.script(move |seen| {
+        // The lease is written by the first ones.
+        if seen.what == What::Write {
+            large += 1;
+            if large == 4 {
+                is_held.store(true, Ordering::Relaxed);
+                return Act::Hold;
+            }
+        }
+        Act::Serve
+    });
+    let creation = Creation {
+        size: 128 << 20,
+        label: "x".into(),
+        kdf_memory: Some(1 << 20),
+        kdf_time: Some(4),
+    };
+    let mut key = || Ok(e2ebak::secret::Secret::new(b"key".to_vec()));
+    told(create(
+        &store,
+        "nas:a.img",
+        &creation,
+        &mut key,
+        &e2ebak::progress::Silent,
+        &|| Ok(()),
+    ));
+    assert!(held.load(Ordering::Relaxed));
+    assert!(!model.has(&format!("{IMAGE}.lease")), "released");
+    let mut next = model.synced(IMAGE);
+    next.fill(3);
+    model.world().set_volatile(IMAGE, &next);
+    model.apply_late();
+    let overwritten = model.volatile(IMAGE).iter().filter(|b| **b != 3).count();
+    assert_eq!(overwritten, 0, "bytes of the next client");
+}
+
+/// One session of three falls silent, the others are well.
+#[test]
+fn one_silent_session_of_three_does_not_end_everything() {
+    let model = Model::new(SIZE);
+    let bounds = Bounds {
+        silence: Duration::from_millis(600),
+        silence_of_disk: Duration::from_millis(600),
+        io_deadline: Duration::from_millis(500),
+        ..bounds(3)
+    };
+    let (_store, device) = open(&model, bounds);
+    until("three sessions", || model.sessions() == 3);
+    let mut done = false;
+    model.script(move |seen| match seen.what {
+        What::Read if !done => {
+            done = true;
+            Act::Swallow
+        }
+        _ => Act::Serve,
+    });
+    told(device.read_exact_at(&mut [0; 4096], 8192));
+}

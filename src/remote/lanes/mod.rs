@@ -184,7 +184,7 @@ impl Lanes {
             let begun = Instant::now();
             match body(&session.session) {
                 Err(error) if session.session.is_dead() => {
-                    let since = *failing_since.get_or_insert(begun);
+                    let since = *failing_since.get_or_insert_with(Instant::now);
                     self.lost(&session.session, since, &error)?;
                 }
                 outcome => {

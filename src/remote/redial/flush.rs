@@ -90,7 +90,7 @@ impl Shared {
             let since = *course.failing_since.get_or_insert_with(Instant::now);
             return self.lanes.lost(session, since, &error);
         }
-        lock(&self.kept).log.doubt();
+        lock(&self.kept).log.doubt(self.lanes.tick());
         Err(error)
     }
 

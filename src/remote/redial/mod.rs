@@ -399,14 +399,27 @@ impl Shared {
     }
 
     fn settle(&self, tell: &dyn Fn(Duration)) -> Result<()> {
+        let mut failed = None;
         loop {
             let (until, holds) = {
                 let mut kept = lock(&self.kept);
                 kept.log.end_suspicions(Instant::now());
                 (kept.log.suspicious_until(), kept.log.holds())
             };
-            if until.is_none() && !holds {
-                return self.flush();
+            // A resizing, too, may land late.
+            let resizing = lock(&self.resizing).filter(|late| *late > Instant::now());
+            let until = until.max(resizing);
+            if until.is_none() && (!holds || failed.is_some()) {
+                if let Some(error) = failed {
+                    return Err(error);
+                }
+                // What the flush sends may be lost as well.
+                match self.flush() {
+                    Ok(()) if lock(&self.kept).log.suspicious_until().is_none() => return Ok(()),
+                    Ok(()) => {}
+                    Err(error) => failed = Some(error),
+                }
+                continue;
             }
             if let Some(why) = self.lanes.over() {
                 return Err(why);
@@ -441,7 +454,13 @@ impl Shared {
             if resized.is_err() && session.is_dead() {
                 *late = Some(Instant::now() + session.files.engine.late_writes());
             }
-            resized.and_then(|()| handle.sync())
+            resized?;
+            handle.sync().inspect_err(|_| {
+                // As after any sync that fails: the server may have dropped what it could not store.
+                if !session.is_dead() {
+                    lock(&self.kept).log.doubt(self.lanes.tick());
+                }
+            })
         })?;
         self.identity.size.store(size, Ordering::Release);
         *lock(&self.identity.sizes) = vec![size];
