@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::{
-    Place, Program, Proxy, Sandbox, Shape, Sshd, assert_same_tree, differences, large_file,
+    Place, Program, Proxy, Ran, Sandbox, Shape, Sshd, assert_same_tree, differences, large_file,
     odd_tree, plain_tree, private_shell, root_or_skip, run, tool, tool_or_skip, wait_for,
 };
+use rustix::process::Signal;
 use serde_json::Value;
 
 const UID: u32 = 65_534;
@@ -498,6 +499,106 @@ fn an_archive_unpacks_to_what_was_backed_up() {
     let expected = |line: &String| line.contains("socket");
     let odd: Vec<_> = differ.iter().filter(|line| !expected(line)).collect();
     assert!(odd.is_empty(), "{odd:#?}\n{ran}");
+    place.assert_closed();
+}
+
+/// What comes of `reader` when it is stopped in the middle, until `meanwhile` is over. `begun` says
+/// whether it has begun to read files.
+fn stopped_meanwhile(reader: Program, begun: impl Fn() -> bool, meanwhile: impl FnOnce()) -> Ran {
+    let mut running = reader.args(["--limit-download", "16M"]).spawn();
+    wait_for("the beginning", Duration::from_secs(60), begun);
+    running.signal(Signal::STOP);
+    assert!(!running.is_over());
+    meanwhile();
+    running.signal(Signal::CONT);
+    running.wait()
+}
+
+/// An image with 64 MiB in one snapshot, that snapshot's id, and another small tree.
+fn one_large_snapshot<'a>(sandbox: &'a Sandbox) -> (Place<'a>, String, PathBuf) {
+    let place = Place::piped(sandbox);
+    large_file(&sandbox.dir("source").join("large"), 64 << 20, 5);
+    large_file(&sandbox.dir("other").join("small"), 1 << 20, 6);
+    // So that little else is free when it is deleted.
+    place.init("128M").ok();
+    place.backup(&sandbox.path("source")).ok();
+    let id = place.ids().remove(0);
+    (place, id, sandbox.path("other"))
+}
+
+/// Whether anything large has arrived, under whatever name.
+fn has_begun(dir: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return fs::metadata(dir).is_ok_and(|found| found.is_file() && found.blocks() > 2048);
+    };
+    entries.flatten().any(|entry| has_begun(&entry.path()))
+}
+
+#[test]
+fn a_snapshot_that_is_deleted_while_it_is_read_is_told() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let (place, id, other) = one_large_snapshot(&sandbox);
+    let large = sandbox.path("source/large");
+    let what = format!("{id}:{}", large.display());
+    let restored = sandbox.dir("restored");
+    let printed = sandbox.path("tmp/printed");
+    let script = format!("exec \"$@\" > {}", printed.display());
+    let cat = place.program("cat").arg(&what);
+    let cat = cat.through(["/bin/sh", "-c", &script, "sh"]);
+
+    // Both have begun when it is deleted, and what they read is written over.
+    let mut cat = Some(cat);
+    let mut printed_to = None;
+    let restore = place.restore(&what, &restored);
+    let restore = stopped_meanwhile(
+        restore,
+        || has_begun(&restored),
+        || {
+            let cat = cat.take().expect("once");
+            printed_to = Some(stopped_meanwhile(
+                cat,
+                || has_begun(&printed),
+                || {
+                    place.backup(&other).ok();
+                    let keep = ["--keep-last", "1", "--group-by", "none"];
+                    place.program("prune").args(keep).ok();
+                    large_file(&other.join("large"), 64 << 20, 7);
+                    place.backup(&other).ok();
+                },
+            ));
+        },
+    );
+    for ran in [restore, printed_to.expect("it ran")] {
+        ran.code(11)
+            .says(&format!("snapshot {id} was deleted"))
+            .says("may be wrong");
+    }
+    // It stays where it is, and it is wrong: what was there was read after it was written over.
+    let begun = |path: &Path| fs::read(path).expect("read");
+    assert!(begun(&restored.join("large")) != begun(&large));
+    place.assert_closed();
+}
+
+#[test]
+fn a_backup_meanwhile_is_nothing_to_a_reader() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let (place, id, other) = one_large_snapshot(&sandbox);
+    let source = sandbox.path("source");
+    let restored = sandbox.path("restored");
+    let restore = place.restore(&format!("{id}:{}", source.display()), &restored);
+    let ran = stopped_meanwhile(
+        restore.arg("--verify"),
+        || has_begun(&restored),
+        || drop(place.backup(&other).ok()),
+    );
+    ran.code(0);
+    assert_same_tree(&source, &restored);
     place.assert_closed();
 }
 

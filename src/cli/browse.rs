@@ -36,8 +36,7 @@ pub fn run(args: Args) -> Result<Ending> {
     let (signals, stop) = session::count_signals()?;
     let show = || -> Result<Shown> {
         let mut keys = args.key.keys(&args.image.location, signals)?;
-        let filesystem = unmounted::open(&location, &args.image.link()?, &mut keys)?;
-        let look = Look::over(filesystem)?;
+        let look = Look::over(unmounted::open(&location, &args.image.link()?, &mut keys)?)?;
         let snapshots = look.catalogue.complete.iter();
         let snapshots: Result<Vec<(String, u32)>> = snapshots
             .map(|found| Ok((found.id.to_string(), look.directory(found.id)?)))

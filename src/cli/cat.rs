@@ -7,6 +7,7 @@ use crate::cli::key::KeyArgs;
 use crate::cli::look::{Look, What, printable};
 use crate::error::{Attempt, Error, Kind, Result};
 use crate::restore::{Content, FileKind, Piece, metadata};
+use crate::snapshot::Id;
 use crate::ui::ContentOutput;
 
 /// Read and written at once.
@@ -35,17 +36,22 @@ pub fn run(args: Args) -> Result<Ending> {
     let whats = whats?;
     let look = Look::open(&args.image, &args.key)
         .attempt(|| format!("cannot read files in {location}"))?;
-    for what in whats {
-        print(&look, &what).attempt(|| {
+    let mut read = Vec::new();
+    let printed = whats.iter().try_for_each(|what| {
+        print(&look, what, &mut read).attempt(|| {
             let path = printable(&what.path);
             format!("cannot read {}:{path} in {location}", what.snapshot)
-        })?;
-    }
-    Ok(Ending::Clean)
+        })
+    });
+    look.unless_deleted(&read, printed).map(|()| Ending::Clean)
 }
 
-fn print(look: &Look, what: &What) -> Result<()> {
-    let (_, root) = look.snapshot(&what.snapshot)?;
+/// Adds the snapshot to those that were read.
+fn print(look: &Look, what: &What, read: &mut Vec<(Id, u32)>) -> Result<()> {
+    let (id, root) = look.snapshot(&what.snapshot)?;
+    if !read.contains(&(id, root)) {
+        read.push((id, root));
+    }
     let inode = look.filesystem.resolve(root, &what.path)?;
     let inode = look.filesystem.inode(inode)?;
     if metadata(&inode)?.kind != FileKind::Regular {

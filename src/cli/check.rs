@@ -7,6 +7,7 @@ use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
 use crate::cli::findings::{FILESYSTEM_ADVICE, HEADER_ADVICE, Part, RECORD_ADVICE, Report};
 use crate::cli::key::{KeyArgs, Keys};
+use crate::cli::marks::Marks;
 use crate::cli::unmounted::unlock;
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
@@ -147,16 +148,37 @@ impl Checker<'_> {
             std::thread::sleep(LEASE_POLL);
             self.go_on()?;
         }
+        // A header that cannot be read is told of below.
+        let header = image::inspect(&*store, Access::ReadOnly).ok();
+        let volume = header.map_or(0, |sealed| sealed.header().segment().offset());
+        let marks = || Marks::take(&*store, &*store.open(Access::ReadOnly)?, &[0, volume]);
+        let before = marks()?;
         let mut report = Report::default();
-        if let Some(sealed) = self.header(&*store, &mut report)? {
-            self.inside(&store, sealed, &mut keys, &mut report)?;
-        }
-        if let (Some(who), false) = (writer(&*store)?, report.findings.is_empty()) {
-            let why =
-                format!("{who} has begun to write meanwhile, so what was found proves nothing");
+        let checked = self.all(&store, &mut keys, &mut report);
+        let is_sound = match &checked {
+            Ok(()) => report.findings.is_empty(),
+            Err(error) => error.kind() != Kind::Corrupt,
+        };
+        let meanwhile = match is_sound {
+            true => None,
+            // One that has begun, or one that has begun and ended.
+            false => match writer(&*store)? {
+                None if marks()? != before => Some("somebody has written to it".into()),
+                who => who.map(|who| format!("{who} has begun to write")),
+            },
+        };
+        if let Some(meanwhile) = meanwhile {
+            let why = format!("{meanwhile} meanwhile, so what was found proves nothing");
             return Err(Error::new(Kind::InUse, why).hint("run it again, with `--wait 30m`"));
         }
-        Ok(report)
+        checked.map(|()| report)
+    }
+
+    fn all(&self, store: &Arc<dyn Store>, keys: &mut Keys, report: &mut Report) -> Result<()> {
+        match self.header(&**store, report)? {
+            Some(sealed) => self.inside(store, sealed, keys, report),
+            None => Ok(()),
+        }
     }
 
     /// Looks at both copies of the header; `None` when there is no whole one.

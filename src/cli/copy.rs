@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::cli::Ending;
 use crate::cli::args::{ImageArgs, OutputArgs};
+use crate::cli::marks::Marks;
 use crate::cli::trim::take_lease;
 use crate::device::Device;
 use crate::error::{Attempt, Error, Kind, Result};
@@ -264,7 +265,12 @@ fn copy_held(
     let (store, place, link) = (&*source.store, source.location, &source.link);
     let ranges = image::data_ranges(store, place, link, from.size())?;
     room(&*target.store, &*from, ranges.as_deref(), terminal)?;
-    let before = marks(&*from, volume)?;
+    let marks = || Marks::take(&*source.store, &*from, &[0, volume]);
+    // A lease of our own is asked instead.
+    let before = match source.lease {
+        Some(_) => None,
+        None => Some(marks()?),
+    };
     image::copy(&CopyJob {
         from: &*from,
         ranges: ranges.as_deref(),
@@ -275,9 +281,13 @@ fn copy_held(
         unmoved: &|| {
             if let Some(lease) = &source.lease {
                 lease.check()?;
-            } else if Lease::peek(&*source.store)?.is_some() || marks(&*from, volume)? != before {
-                let why = "the image was written to while it was copied";
-                return Err(Error::new(Kind::InUse, why).hint("run it again when nobody writes"));
+            } else {
+                let now = marks()?;
+                if now.has_lease() || before.as_ref() != Some(&now) {
+                    let why = "the image was written to while it was copied";
+                    let error = Error::new(Kind::InUse, why);
+                    return Err(error.hint("run it again when nobody writes"));
+                }
             }
             target.lease.as_ref().map_or(Ok(()), Lease::check)
         },
@@ -322,15 +332,4 @@ fn room(
         )));
     }
     Ok(())
-}
-
-/// What changes whenever somebody mounts the filesystem for writing, or changes a key.
-fn marks(from: &dyn Device, volume: u64) -> Result<Vec<u8>> {
-    let mut marks = vec![0; 8192];
-    let (header, superblock) = marks.split_at_mut(4096);
-    from.read_exact_at(header, 0)?;
-    if from.size() >= volume + 4096 {
-        from.read_exact_at(superblock, volume)?;
-    }
-    Ok(marks)
 }

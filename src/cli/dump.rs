@@ -48,6 +48,7 @@ pub fn run(args: Args) -> Result<Ending> {
         return Err(Error::new(Kind::Usage, why).hint("add `> FILE.tar` or `| tar -t`"));
     }
     let look = Look::open(&args.image, &args.key).attempt(doing)?;
+    let snapshot = look.snapshot(&what.snapshot).attempt(doing)?;
     let tree = look.tree(&what, None).attempt(doing)?;
     let plan = Arc::new(Plan::of_archive(&tree));
     let ahead = Ahead::start(&look.filesystem, plan, Arc::default());
@@ -63,15 +64,15 @@ pub fn run(args: Args) -> Result<Ending> {
         ending = Ending::Warnings;
     };
     let prefix = prefix.unwrap_or_default();
-    browse::write_tar(
+    let written = browse::write_tar(
         &look.filesystem,
         &tree,
         prefix,
         &mut out,
         &ahead,
         &mut trouble,
-    )
-    .attempt(doing)?;
-    out.flush().attempt(doing)?;
+    );
+    let written = written.and_then(|()| Ok(out.flush()?));
+    look.unless_deleted(&[snapshot], written).attempt(doing)?;
     Ok(ending)
 }

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use crate::cli::args::ImageArgs;
 use crate::cli::key::KeyArgs;
+use crate::cli::opening::Opening;
+use crate::cli::unmounted::Unmounted;
 use crate::cli::{Ending, unmounted};
 use crate::error::{Error, Kind, Result};
 use crate::restore::{Filesystem, Metadata, ROOT, Tree, Trouble};
@@ -59,6 +61,7 @@ impl What {
 pub struct Look {
     pub filesystem: Arc<Filesystem>,
     pub catalogue: Catalogue,
+    opening: Opening,
 }
 
 impl Look {
@@ -67,17 +70,27 @@ impl Look {
         let location = image.location()?;
         let signals = session::end_at_signals()?;
         let mut keys = key.keys(&location.to_string(), signals)?;
-        let filesystem = unmounted::open(&location, &image.link()?, &mut keys)?;
-        Look::over(filesystem)
+        Look::over(unmounted::open(&location, &image.link()?, &mut keys)?)
     }
 
     /// The same of a filesystem that is already open.
-    pub fn over(mut filesystem: Filesystem) -> Result<Look> {
-        let catalogue = Catalogue::load(&mut filesystem)?;
+    pub fn over(mut unmounted: Unmounted) -> Result<Look> {
+        let catalogue = Catalogue::load(&mut unmounted.filesystem)?;
         Ok(Look {
-            filesystem: Arc::new(filesystem),
+            filesystem: Arc::new(unmounted.filesystem),
             catalogue,
+            opening: unmounted.opening,
         })
+    }
+
+    /// What came of reading these snapshots, each with its directory, unless one of them was deleted
+    /// meanwhile: then [`Kind::InUse`]. To be asked when reading is over.
+    pub fn unless_deleted<T>(&self, read: &[(Id, u32)], came: Result<T>) -> Result<T> {
+        match &came {
+            // These may have come of what was written over it.
+            Err(error) if !matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => came,
+            _ => self.opening.still_has(read).and(came),
+        }
     }
 
     /// A snapshot by its name, and the directory that it is.

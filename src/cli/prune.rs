@@ -90,7 +90,8 @@ fn dry_run(args: &Args) -> Result<Ending> {
     let location = args.image.location()?;
     let signals = session::end_at_signals()?;
     let mut keys = args.key.keys(&args.image.location, signals)?;
-    let mut files = unmounted::open(&location, &args.image.link()?, &mut keys)?;
+    let unmounted = unmounted::open(&location, &args.image.link()?, &mut keys)?;
+    let mut files = unmounted.filesystem;
     let catalogue = Catalogue::load(&mut files)?;
     let groups = args.keep.judge(&catalogue)?;
     print(&groups);

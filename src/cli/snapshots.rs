@@ -34,7 +34,8 @@ pub fn run(args: Args) -> Result<Ending> {
     let signals = session::end_at_signals()?;
     let list = || {
         let mut keys = args.key.keys(&location.to_string(), signals)?;
-        let mut files = unmounted::open(&location, &args.image.link()?, &mut keys)?;
+        let unmounted = unmounted::open(&location, &args.image.link()?, &mut keys)?;
+        let mut files = unmounted.filesystem;
         Catalogue::load(&mut files)
     };
     let catalogue = list().attempt(|| format!("cannot list the snapshots in {location}"))?;

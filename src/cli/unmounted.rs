@@ -1,5 +1,7 @@
 //! An image opened for reading without mounting it, for the verbs that only look.
 
+use crate::cli::marks::Marks;
+use crate::cli::opening::Opening;
 use crate::error::Result;
 use crate::image::{self, LinkSettings, Opened};
 use crate::location::Location;
@@ -9,12 +11,18 @@ use crate::restore::Filesystem;
 use crate::session::KeySource;
 use crate::ui::tell;
 
+/// A filesystem that was opened for reading.
+pub struct Unmounted {
+    pub filesystem: Filesystem,
+    pub opening: Opening,
+}
+
 /// Dials, unlocks and reads the filesystem. Takes no lease; says when somebody is writing.
 pub fn open(
     location: &Location,
     link: &LinkSettings,
     keys: &mut dyn KeySource,
-) -> Result<Filesystem> {
+) -> Result<Unmounted> {
     let store = image::connect(location, link)?;
     std::thread::scope(|scope| {
         // A round trip that nobody has to wait for.
@@ -24,12 +32,28 @@ pub fn open(
         for warning in sealed.warnings() {
             tell!("warning: {warning}");
         }
+        let (image, begins) = (sealed.image(), sealed.header().segment().offset());
+        let read = move || Marks::read(&*image, &[begins]);
+        let reading = std::thread::Builder::new().spawn_scoped(scope, read.clone());
         let unlocked = unlock(sealed, keys)?;
         // Without a thread it is asked for here.
         let lease = peeking.ok().and_then(|thread| thread.join().ok());
-        tell_writer(lease.unwrap_or_else(peek));
-        Filesystem::open(unlocked.volume.device()).map_err(|e| {
+        let lease = lease.unwrap_or_else(peek);
+        let blocks = reading.ok().and_then(|thread| thread.join().ok());
+        let marks = Marks::of(&lease, blocks.unwrap_or_else(read)?);
+        tell_writer(lease);
+        let filesystem = Filesystem::open(unlocked.volume.device()).map_err(|e| {
             e.hint("after a crash the next `e2ebak backup` or `mount` puts the filesystem in order")
+        })?;
+        let opening = Opening {
+            store: store.clone(),
+            volume: unlocked.volume,
+            begins,
+            marks,
+        };
+        Ok(Unmounted {
+            filesystem,
+            opening,
         })
     })
 }

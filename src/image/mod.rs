@@ -193,6 +193,11 @@ impl Sealed {
         &self.loaded.header
     }
 
+    /// The image file.
+    pub fn image(&self) -> Arc<dyn Device> {
+        self.device.clone()
+    }
+
     /// Bytes of the image file.
     pub fn size(&self) -> u64 {
         self.device.size()
@@ -279,22 +284,34 @@ fn stack(
         sector_size: at.sector_size(),
         first_tweak: at.iv_tweak(),
     };
-    let crypt: Arc<dyn Device> = Arc::new(Crypt::new(image, key, segment)?);
-    let below: Arc<dyn Device> = match access {
-        Access::ReadWrite => crypt,
-        Access::ReadOnly => Arc::new(Overlay::new(crypt)),
-    };
-    Ok(Volume {
-        cache: Arc::new(Cache::new(below, cache::Settings::default())?),
-    })
+    Volume::new(Crypt::new(image, key, segment)?, access)
 }
 
 /// The decrypted block device in an image.
 pub struct Volume {
+    crypt: Arc<Crypt>,
     cache: Arc<Cache>,
 }
 
 impl Volume {
+    fn new(crypt: Crypt, access: Access) -> Result<Volume> {
+        let crypt = Arc::new(crypt);
+        let below: Arc<dyn Device> = match access {
+            Access::ReadWrite => crypt.clone(),
+            Access::ReadOnly => Arc::new(Overlay::new(crypt.clone())),
+        };
+        Ok(Volume {
+            crypt,
+            cache: Arc::new(Cache::new(below, cache::Settings::default())?),
+        })
+    }
+
+    /// The volume as it is now in `image`, which is this one opened anew: for reading, with the key
+    /// that is unlocked, and with nothing of what was read before.
+    pub fn anew(&self, image: Arc<dyn Device>) -> Result<Volume> {
+        Volume::new(self.crypt.over(image)?, Access::ReadOnly)
+    }
+
     pub fn device(&self) -> Arc<dyn Device> {
         self.cache.clone()
     }

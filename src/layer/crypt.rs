@@ -35,7 +35,7 @@ pub struct Segment {
 /// The decrypted view of a segment.
 pub struct Crypt {
     inner: Arc<dyn Device>,
-    key: Key,
+    key: Arc<Key>,
     segment: Segment,
     alignment: u32,
     buffers: Buffers,
@@ -45,6 +45,15 @@ impl Crypt {
     /// Refuses with [`Kind::Corrupt`] a segment that does not lie on the device, or not on its
     /// alignment.
     pub fn new(inner: Arc<dyn Device>, key: Key, segment: Segment) -> Result<Crypt> {
+        Crypt::sharing(inner, Arc::new(key), segment)
+    }
+
+    /// The same segment with the same key, on a device that was opened anew.
+    pub fn over(&self, inner: Arc<dyn Device>) -> Result<Crypt> {
+        Crypt::sharing(inner, self.key.clone(), self.segment)
+    }
+
+    fn sharing(inner: Arc<dyn Device>, key: Arc<Key>, segment: Segment) -> Result<Crypt> {
         let sector = segment.sector_size.bytes() as u32;
         let caps = inner.caps();
         let alignment = sector.max(caps.alignment);

@@ -424,7 +424,7 @@ fn archive(
 ) -> (Vec<String>, Vec<String>) {
     let path = scratch.0.join("archive.tar");
     let mut out = File::create(&path).expect("create");
-    let ahead = Ahead::start(filesystem, Arc::new(Plan::of_archive(tree)));
+    let ahead = Ahead::start(filesystem, Arc::new(Plan::of_archive(tree)), Arc::default());
     let mut told = Vec::new();
     let mut tell = |path: &[u8], _| told.push(String::from_utf8_lossy(path).into_owned());
     write_tar(filesystem, tree, b"", &mut out, &ahead, &mut tell).expect("writes");

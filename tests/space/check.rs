@@ -1,13 +1,15 @@
 //! A sound image is found sound, and each kind of damage is found for what it is.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use super::common::{
     Place, Program, Sandbox, Sshd, large_file, output, plain_tree, root_or_skip, run, tool,
+    wait_for,
 };
 use super::{Mount, decrypted, forge};
 
@@ -250,6 +252,38 @@ fn what_a_killed_run_has_left_is_sound_and_a_writer_is_waited_for() {
         "{ran}"
     );
     assert!(hash(&place.stored) == before, "the image was written to");
+}
+
+/// It has let go of the image before the check looks who writes.
+#[test]
+fn a_backup_that_came_and_went_meanwhile_is_no_damage() {
+    if !root_or_skip() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let place = Place::local(&sandbox);
+    filled(&place);
+    // The check's own e2fsck waits until the backup is over. What was read before it is cached.
+    let (began, go_on) = (sandbox.path("began"), sandbox.path("go on"));
+    let bin = sandbox.dir("bin");
+    let script = format!(
+        "#!/bin/sh\ntouch '{}'\nwhile [ ! -e '{}' ]; do sleep 0.05; done\nexec {} \"$@\"\n",
+        began.display(),
+        go_on.display(),
+        tool("e2fsck").get_program().display()
+    );
+    fs::write(bin.join("e2fsck"), script).expect("written");
+    fs::set_permissions(bin.join("e2fsck"), fs::Permissions::from_mode(0o755)).expect("chmod");
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", bin.display());
+    let checking = check(&place).env("PATH", path).spawn();
+    wait_for("e2fsck", Duration::from_secs(60), || began.exists());
+    large_file(&sandbox.path("source/later"), 9 * MIB, 4);
+    place.backup(&sandbox.path("source")).ok();
+    fs::write(&go_on, "").expect("written");
+    let ran = checking.wait().code(11);
+    assert!(ran.stderr.contains("written to it meanwhile"), "{ran}");
+    check(&place).ok();
+    place.assert_closed();
 }
 
 #[test]

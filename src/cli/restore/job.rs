@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{self, AtomicBool};
 
 use super::Args;
 use super::sum::Sum;
@@ -173,7 +173,7 @@ impl Job<'_> {
         };
         let dest = &args.destination;
         self.sum.has_begun = true;
-        self.begun.store(true, Ordering::Relaxed);
+        self.begun.store(true, atomic::Ordering::Relaxed);
         let (mut from_here, links) = (source(), &mut *self.links);
         let outcome =
             restore::copy_linking(&mut from_here, &from, dest, options, links, self.terminal)?;

@@ -202,11 +202,14 @@ fn without_mount(args: &Args, whats: &[What], terminal: &Terminal, sum: &mut Sum
     })?;
     let mut keys = args.key.keys(&args.image.location, signals)?;
     let location = args.image.location()?;
-    let filesystem = unmounted::open(&location, &args.image.link()?, &mut keys)?;
-    let look = Look::over(filesystem)?;
+    let look = Look::over(unmounted::open(&location, &args.image.link()?, &mut keys)?)?;
     let mut links = Links::default();
-    for what in whats {
+    let mut read = Vec::new();
+    let mut restore = |what: &What| {
         let (id, root) = look.snapshot(&what.snapshot)?;
+        if !args.dry_run && !read.contains(&(id, root)) {
+            read.push((id, root));
+        }
         let mut job = Job {
             args,
             look: &look,
@@ -216,9 +219,10 @@ fn without_mount(args: &Args, whats: &[What], terminal: &Terminal, sum: &mut Sum
             stop: &stop,
             begun: &begun,
             terminal,
-            sum,
+            sum: &mut *sum,
         };
-        job.run()?;
-    }
-    Ok(())
+        job.run()
+    };
+    let restored = whats.iter().try_for_each(&mut restore);
+    look.unless_deleted(&read, restored)
 }
