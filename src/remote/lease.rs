@@ -282,8 +282,14 @@ impl Lease {
         let attempt = || format!("release the lease of {}", self.name);
         // Whoever else holds it by now must not be written over.
         self.check().attempt(attempt)?;
+        let told = AtomicBool::new(false);
         let settled = self.store.settle(&|left| {
-            debug!(?left, "a broken connection's writes may still land");
+            if !told.swap(true, Ordering::AcqRel) {
+                let left = show_duration(left);
+                warn!(
+                    "waiting {left}: what a broken connection had sent may still reach the server"
+                );
+            }
         });
         if let Err(error) = settled {
             let error = error.chain().join(": ");
